@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from .model import load_classifier
 from .train import History, TrainConfig, accuracy, predict, train
 
-# %% ../nbs/04_checkpoints.ipynb #acc26650
+# %% ../nbs/04_checkpoints.ipynb #80794847
 RUNGS = {"baseline": 0.0, "75": 0.75, "90": 0.90}  # name: validation accuracy to reach
 
 
@@ -33,7 +33,7 @@ class Rung:
     target: float  # validation accuracy asked for, 0 to 1
     validation: float  # validation accuracy at the look that chose it, 0 to 1
     step: int  # optimizer steps done
-    reached: bool  # whether the target was reached
+    reached: bool  # whether it came within two points of the target, or above
 
 
 def write_model(
@@ -64,7 +64,7 @@ def read_rung(
         raise FileNotFoundError(f"No rung in {folder}. `fine_tune_rungs` makes it.")
     return Rung(**json.loads(path.read_text()))
 
-# %% ../nbs/04_checkpoints.ipynb #262c8a5d
+# %% ../nbs/04_checkpoints.ipynb #0deda5cc
 class _Climb(TrainerCallback):
     "Writes the rungs of one fine-tuning and stops it at the highest."
 
@@ -75,32 +75,36 @@ class _Climb(TrainerCallback):
         self.early_every = early_every
         self.late_every = late_every
         self.looks = []
-        self.best = -1.0
 
     def on_train_begin(self, args, state, control, **_):
         path = self.folder / "looks.json"
         known = json.loads(path.read_text()) if path.exists() else []
         self.looks = [look for look in known if look[0] <= state.global_step]
-        if (self.folder / "best").exists():
-            self.best = read_rung(self.folder / "best").validation
+
+    def offer(self, name, reached, step, distance):
+        "Write the present model under a name if it is nearer to what the name asks for."
+        known = self.folder / name
+        if not known.exists() or distance(reached) < distance(read_rung(known).validation):
+            self.write(name, reached, step)
 
     def on_step_end(self, args, state, control, **_):
-        every = self.late_every if (self.folder / "75").exists() else self.early_every
+        passed = any(look[1] >= RUNGS["75"] for look in self.looks)
+        every = self.late_every if passed else self.early_every
         last = state.global_step == state.max_steps
         if state.global_step % every and not last:
             return
         reached = self.evaluate()
         self.looks.append([state.global_step, reached])
         (self.folder / "looks.json").write_text(json.dumps(self.looks))
-        if reached >= RUNGS["75"] and not (self.folder / "75").exists():
-            self.write("75", reached, state.global_step)
-        if reached > self.best:
-            self.best = reached
-            self.write("best", reached, state.global_step)
+        if not (self.folder / "75").exists():
+            self.offer("near", reached, state.global_step, lambda seen: abs(seen - RUNGS["75"]))
+            if reached >= RUNGS["75"]:
+                os.replace(self.folder / "near", self.folder / "75")
+        self.offer("best", reached, state.global_step, lambda seen: -seen)
         if reached >= RUNGS["90"]:
             control.should_training_stop = True
 
-# %% ../nbs/04_checkpoints.ipynb #f0786e4d
+# %% ../nbs/04_checkpoints.ipynb #f4a49b48
 def rungs_done(
     folder: str | Path,  # of one seed's checkpoints
 ) -> bool:  # whether the ladder is complete
@@ -125,7 +129,8 @@ def fine_tune_rungs(
     "Full fine-tuning, stopped at the rungs; goes on where it was cut off, and does nothing when done."
     folder = Path(folder)
     if not rungs_done(folder):
-        (folder / "fine_tuning.json").unlink(missing_ok=True)
+        if (folder / "fine_tuning.json").exists():  # complete once, but a rung was deleted
+            shutil.rmtree(folder)
         model, tokenizer = load_classifier(source, seed=config.seed)
 
         def evaluate():
@@ -135,9 +140,7 @@ def fine_tune_rungs(
             return accuracy(logits, validation["label"])
 
         def write(name, reached, step):
-            target = RUNGS.get(name, RUNGS["90"])
-            rung = Rung(name, target, reached, step, reached >= target)
-            write_model(model, tokenizer, rung, folder / name)
+            write_model(model, tokenizer, _rung(name, reached, step), folder / name)
 
         if not (folder / "baseline").exists():
             write("baseline", evaluate(), 0)
@@ -158,19 +161,17 @@ def fine_tune_rungs(
     return {name: read_rung(folder / name) for name in RUNGS}
 
 
+def _rung(name, validation, step):
+    "What is noted beside a rung; `near` and `best` are candidates for 75 and 90."
+    name = {"near": "75", "best": "90"}.get(name, name)
+    return Rung(name, RUNGS[name], validation, step, validation >= RUNGS[name] - 0.02)
+
+
 def _finish(folder, history, looks, config):
-    "Name the best model as the last rung, and write the curve that marks the ladder as complete."
-    if (folder / "best").exists():
-        best = read_rung(folder / "best")
-        for name in ("75", "90"):  # 75 only if it was never reached: then the best stands in for it
-            if not (folder / name).exists():
-                shutil.copytree(folder / "best", folder / f"{name}.part", dirs_exist_ok=True)
-                target = RUNGS[name]
-                rung = Rung(name, target, best.validation, best.step, best.validation >= target)
-                (folder / f"{name}.part" / "rung.json").write_text(
-                    json.dumps(asdict(rung), indent=1)
-                )
-                os.replace(folder / f"{name}.part", folder / name)
+    "Name the last candidates, and write the curve that marks the ladder as complete."
+    for candidate, name in (("near", "75"), ("best", "90")):
+        if not (folder / name).exists():
+            os.replace(folder / candidate, folder / name)
     done = {
         "config": asdict(config),
         "loss": history.loss,
@@ -180,5 +181,4 @@ def _finish(folder, history, looks, config):
     part = folder / "fine_tuning.json.part"
     part.write_text(json.dumps(done))
     os.replace(part, folder / "fine_tuning.json")
-    shutil.rmtree(folder / "best", ignore_errors=True)
     (folder / "looks.json").unlink(missing_ok=True)

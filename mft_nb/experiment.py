@@ -43,7 +43,7 @@ from .model import KNOWN_MODELS, load_classifier, maskable_weights
 from .results import METHOD_NAMES, prediction_rows, summary, write_record
 from .train import TrainConfig, predict
 
-# %% ../nbs/09_experiment.ipynb #531dc5c0
+# %% ../nbs/09_experiment.ipynb #d9c8bf8a
 @dataclass(frozen=True)
 class Profile:
     "On which data and model an experiment runs, and how much of it."
@@ -70,8 +70,8 @@ PROFILES = {
         name="embedded",
         data="snippets",
         model="minilm",
-        fine_tuning=TrainConfig(learning_rate=1e-4, max_steps=280, batch_size=32, warmup_steps=20),
-        early_every=4,
+        fine_tuning=TrainConfig(learning_rate=1e-4, max_steps=280, batch_size=32, warmup_steps=40),
+        early_every=2,
         late_every=20,
         look_rows=400,
         watch_rows=100,
@@ -83,9 +83,9 @@ PROFILES = {
         data="sst2",
         model="minilm",
         fine_tuning=TrainConfig(learning_rate=1e-4, epochs=1, batch_size=64, warmup_steps=20),
-        early_every=5,
+        early_every=4,
         late_every=50,
-        look_rows=1000,
+        look_rows=600,
         watch_rows=300,
         mask_rows=12000,
         gradient_rows=1024,
@@ -142,7 +142,7 @@ class Run:
         extra = "" if self.keep in (0.9, 1.0) else f"-keep{self.keep:g}"
         return f"seed{self.seed}-{self.checkpoint}-{self.method}{extra}"
 
-# %% ../nbs/09_experiment.ipynb #87c27fd0
+# %% ../nbs/09_experiment.ipynb #e05532d2
 def plan(
     profile: str,  # name of a profile
     seeds: tuple[int, ...] = (0,),  # whole numbers, 0 or more
@@ -157,9 +157,8 @@ def plan(
     for seed in dict.fromkeys(seeds):
         for checkpoint in RUNGS:
             for method in METHOD_NAMES:
-                runs.append(
-                    Run(profile, seed, checkpoint, method, 1.0 if method == "none" else 0.9)
-                )
+                keep = 1.0 if method in ("none", "gradient_all") else 0.9
+                runs.append(Run(profile, seed, checkpoint, method, keep))
     for method, shares in SWEEP.items():
         runs += [Run(profile, min(seeds), "90", method, keep) for keep in shares]
     return runs
@@ -423,7 +422,7 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #87017aa6
+# %% ../nbs/09_experiment.ipynb #65217a2d
 def run_missing(
     runs: list[Run],  # a plan of one profile
     place: Place,  # where
@@ -437,8 +436,8 @@ def run_missing(
     if not waiting:
         return 0
     _data(profile.data, place.data)  # fetched and checked once, before any process starts
-    if "hub" not in KNOWN_MODELS[profile.model]:
-        load_classifier(profile.model)
+    if missing_seeds(runs, place):
+        load_classifier(profile.model)  # likewise
     jobs = (
         jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     )

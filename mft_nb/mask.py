@@ -475,7 +475,7 @@ def from_pretrained(
     mft._register()
     return mft
 
-# %% ../nbs/06_mask.ipynb #efe169e7
+# %% ../nbs/06_mask.ipynb #24141837
 @patch
 def train_config(
     self: MFT,
@@ -505,7 +505,7 @@ def fit(
     seed: int = 0,  # order of the rows, and dropout
     max_steps: int = 0,  # optimizer steps; 0: as the config's epochs say
     **options,  # of `mft_nb.train.train`: validation, eval_every, folder, progress, ...
-):  # a `mft_nb.train.History`; `measured` holds the share of mask bits that changed
+):  # a `mft_nb.train.History`; `measured` holds the share of mask bits changed, and the penalty
     "Train the scores on labelled sentences."
     from mft_nb.train import train
 
@@ -518,7 +518,7 @@ def fit(
     def measure():
         now = self.bitmask()
         changed = sum(int((first[name] ^ now[name]).sum()) for name in first)
-        return {"changed": changed / first.total}
+        return {"changed": changed / first.total, "penalty": float(self.penalty())}
 
     settings = self.train_config(seed, max_steps)
     return train(self.model, tokenizer, rows, settings, measure=measure, **options)

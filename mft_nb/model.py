@@ -41,7 +41,7 @@ KNOWN_MODELS = {
     "bert": {"hub": "google-bert/bert-base-uncased"},
 }
 
-# %% ../nbs/01_model.ipynb #5af0b9be
+# %% ../nbs/01_model.ipynb #38ff0b31
 def fetch_model(
     name: str,  # "minilm" or "mpnet"
     folder: Path | None = None,  # the cache; default `mft_nb.data.cache_folder()`
@@ -64,7 +64,8 @@ def fetch_model(
                 known["weights"],
                 f"The weights of {name}",
             )
-            os.replace(Path(scratch) / name, target)
+            if not target.exists():  # another process may have been faster
+                os.replace(Path(scratch) / name, target)
     check_sha256(target / "model.safetensors", known["weights"], f"The cached weights of {name}")
     return target
 

@@ -56,7 +56,7 @@ def summary(
         "class_share": [1 - share, share],
     }
 
-# %% ../nbs/08_results.ipynb #8b9b9e09
+# %% ../nbs/08_results.ipynb #c6e7f587
 def _write_whole(path, text):
     "Replace a file in one step."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,9 @@ def write_record(
     "Write one run; refuse to write over an existing one."
     path = Path(folder) / f"{name}.json"
     if path.exists():
-        raise FileExistsError(f"{path} exists, and records are never edited. Delete it to run again.")
+        raise FileExistsError(
+            f"{path} exists, and records are never edited. Delete it to run again."
+        )
     happened = {"status": "done", **happened}
     if predictions is not None:
         text = predictions.to_csv(index=False, lineterminator="\n")
@@ -92,7 +94,7 @@ def write_record(
     _write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
-# %% ../nbs/08_results.ipynb #5703336e
+# %% ../nbs/08_results.ipynb #1cad1a58
 def read_record(
     path: str | Path,  # a JSON file that `write_record` wrote
 ) -> dict:  # format, asked, happened, where; with `name` added
@@ -129,10 +131,12 @@ def read_predictions(
     path = Path(folder) / f"{record['name']}.csv"
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != record["happened"]["predictions_sha256"]:
-        raise ValueError(f"{path} was changed after its record was written. Delete both and run again.")
+        raise ValueError(
+            f"{path} was changed after its record was written. Delete both and run again."
+        )
     return pd.read_csv(path)
 
-# %% ../nbs/08_results.ipynb #fc06972b
+# %% ../nbs/08_results.ipynb #7c621174
 METHOD_NAMES = {  # in the order of the tables
     "none": "no mask",
     "gradient_all": "gradient, all toward zero",
@@ -169,7 +173,12 @@ def _frame_row(record, correct, bases):
     "One run as a row; the paired columns are NaN where the unmasked run is missing."
     asked, test = record["asked"], record["happened"]["test"]
     row = {name: asked[name] for name in ("profile", "seed", "checkpoint", "method", "keep")}
-    row |= {"name": record["name"], "n": test["n"], "correct": test["correct"], "accuracy": test["accuracy"]}
+    row |= {
+        "name": record["name"],
+        "n": test["n"],
+        "correct": test["correct"],
+        "accuracy": test["accuracy"],
+    }
     row |= {"share_positive": test["class_share"][1]}
     row["validation"] = record["happened"].get("validation", {}).get("accuracy", np.nan)
     mask = record["happened"].get("mask")
@@ -208,11 +217,13 @@ def p_text(
     "A p-value for a table."
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
-# %% ../nbs/08_results.ipynb #cac10bb4
+# %% ../nbs/08_results.ipynb #5e148633
 def results_table(
     frame: pd.DataFrame,  # from `results_frame`
     keep: float = 0.9,  # share kept by the masks to show
-) -> pd.DataFrame:  # text columns checkpoint, method, accuracy, difference, McNemar p, called positive
+) -> (
+    pd.DataFrame
+):  # text columns checkpoint, method, accuracy, difference, McNemar p, called positive
     "Checkpoints x methods as text, ready to print."
     whole = frame.method.isin(["none", "gradient_all"])
     shown = frame[whole | np.isclose(frame.keep, keep)]

@@ -1,0 +1,61 @@
+# `make help` lists the targets. Everything is installed into .venv, nothing elsewhere.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+PROFILE ?= embedded
+SEEDS ?= 0
+OUT ?= reproduction
+JOBS ?= 0
+DATA ?=
+
+# One thread a process: the numbers in notebooks and tests do not depend on the number of cores.
+ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help install parts reproduce figures test notebooks readme docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2"
+
+install: .venv/.installed ## set up .venv with pinned versions
+
+.venv/.installed: settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mft_nb needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+parts: install ## fetch the embedded model and sentences into the cache (86 MB, once)
+	@$(BIN)/python -c "from mft_nb.data import read_snippets; from mft_nb.model import fetch_model; read_snippets(); fetch_model('minilm')"
+
+reproduce: parts ## run the experiment, print its table, draw its figures
+	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out $(OUT) --jobs $(JOBS) $(if $(DATA),--data $(DATA))
+
+figures: install ## draw figures/ from results/
+	$(BIN)/mft_figures
+
+test: parts ## export in sync, notebooks, pytest, ruff
+	$(BIN)/ruff check .
+	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+notebooks: parts ## run every notebook and save its outputs
+	$(BIN)/nbdev_export
+	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+	$(BIN)/nbdev_clean
+
+readme: install ## make README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+docs: install ## build the site into _docs/ without Quarto
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_proc_nbs
+	$(BIN)/smalldocs render --quiet _proc
+	rm -rf _docs && mv _proc/_docs _docs
+	@if $(BIN)/smalldocs check _proc | grep 'broken link'; then exit 1; fi
+	@echo "the site is in _docs/index.html"
+
+clean: ## remove what was built, but not .venv, results or checkpoints
+	rm -rf _proc _docs .pytest_cache .ruff_cache
