@@ -1,4 +1,5 @@
 """Package metadata, read from `settings.ini` so that nbdev and pip see the same values."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -21,7 +22,6 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
     packages=["mft_nb"],
-
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     entry_points={

@@ -7,11 +7,10 @@ __all__ = ['SCOPES', 'MASK_FORMAT', 'check_keep', 'kept_count', 'top_k', 'BitMas
            'magnitude_mask', 'random_mask', 'Overlap', 'overlap', 'check_same_shapes', 'AppliedMask', 'weights_sha256',
            'encode_mask', 'decode_mask', 'save_mask', 'SavedMask', 'load_mask']
 
-# %% ../nbs/02_bitmask.ipynb #dbb36e13
+# %% ../nbs/02_bitmask.ipynb #b1381c14
 import hashlib
 import json
 import os
-import struct
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/02_bitmask.ipynb #b66eebe6
+# %% ../nbs/02_bitmask.ipynb #f40d25cf
 def check_keep(
     keep: float,  # share of weights to keep, in (0, 1]
 ) -> float:  # the same share
@@ -34,7 +33,8 @@ def check_keep(
         )
     if not 0 < keep <= 1:
         raise ValueError(
-            f"keep is {keep}; allowed is above 0 and at most 1. To keep 90 % of the weights, give 0.9."
+            f"keep is {keep}; allowed is above 0 and at most 1. To keep 90 % of the weights, "
+            "give 0.9."
         )
     return float(keep)
 
@@ -47,7 +47,7 @@ def kept_count(
     cut = (1 - Decimal(str(check_keep(keep)))) * total
     return total - int(cut.quantize(Decimal(1), ROUND_HALF_UP))
 
-# %% ../nbs/02_bitmask.ipynb #a7eb8277
+# %% ../nbs/02_bitmask.ipynb #1adf4fdf
 def top_k(
     scores: Tensor,  # any shape, any float type, no NaN
     kept: int,  # how many to keep, 0 to scores.numel()
@@ -66,7 +66,8 @@ def top_k(
     mask[ties] = True
     if len(ties) < missing:
         raise ValueError(
-            f"{int(flat.isnan().sum())} of {total} scores are NaN, so they have no order. Lower the "
+            f"{int(flat.isnan().sum())} of {total} scores are NaN, so they have no order. Lower "
+            "the "
             "learning rate, or look for the step at which the loss became NaN."
         )
     return mask.view(scores.shape)
@@ -79,7 +80,7 @@ def _kth_smallest(flat, index):
     values = flat.float().numpy()
     return torch.tensor(np.partition(values, index)[index], dtype=flat.dtype)
 
-# %% ../nbs/02_bitmask.ipynb #bd9454ed
+# %% ../nbs/02_bitmask.ipynb #ce79d94a
 class BitMask(Mapping):
     "Named 0/1 masks, one a weight matrix: True is kept, False is cut."
 
@@ -132,7 +133,8 @@ class BitMask(Mapping):
 
     def __repr__(self):
         cut = self.total - self.kept
-        return f"BitMask({len(self)} tensors, {cut:,} of {self.total:,} weights cut, density {self.density:.4f})"
+        counts = f"{cut:,} of {self.total:,} weights cut, density {self.density:.4f}"
+        return f"BitMask({len(self)} tensors, {counts})"
 
 # %% ../nbs/02_bitmask.ipynb #cfc3dc95
 SCOPES = ("tensor", "global")
@@ -194,7 +196,7 @@ def random_mask(
     }
     return top_k_mask(draws, keep, scope)
 
-# %% ../nbs/02_bitmask.ipynb #84f45bf9
+# %% ../nbs/02_bitmask.ipynb #e65ec3dd
 @dataclass(frozen=True)
 class Overlap:
     "How far two masks cut the same weights."
@@ -232,7 +234,8 @@ def check_same_shapes(mask: BitMask, other: Mapping[str, Tensor]) -> None:
     for name in mask:
         if name not in other:
             raise ValueError(
-                f"The mask covers {name!r}, which is not there. Use it on the model it was made for."
+                f"The mask covers {name!r}, which is not there. Use it on the model it was made "
+                "for."
             )
         if mask[name].shape != other[name].shape:
             raise ValueError(

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['RUNGS', 'Rung', 'write_model', 'read_rung', 'rungs_done', 'fine_tune_rungs']
 
-# %% ../nbs/04_checkpoints.ipynb #65d1635b
+# %% ../nbs/04_checkpoints.ipynb #bfe52c82
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .model import load_classifier
-from .train import History, TrainConfig, accuracy, predict, train
+from .train import TrainConfig, accuracy, predict, train
 
-# %% ../nbs/04_checkpoints.ipynb #80794847
+# %% ../nbs/04_checkpoints.ipynb #dd47a0cc
 RUNGS = {"baseline": 0.0, "75": 0.75, "90": 0.90}  # name: validation accuracy to reach
 
 
@@ -45,7 +44,7 @@ def write_model(
     "Save a rung as a plain model folder with `rung.json`, whole or not at all."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:
         place = Path(scratch) / "model"
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -104,7 +103,7 @@ class _Climb(TrainerCallback):
         if reached >= RUNGS["90"]:
             control.should_training_stop = True
 
-# %% ../nbs/04_checkpoints.ipynb #f4a49b48
+# %% ../nbs/04_checkpoints.ipynb #f92f058d
 def rungs_done(
     folder: str | Path,  # of one seed's checkpoints
 ) -> bool:  # whether the ladder is complete
@@ -126,11 +125,13 @@ def fine_tune_rungs(
     progress: bool = True,  # whether to show a progress bar
     position: int = 0,  # line of the progress bar
 ) -> dict[str, Rung]:  # the three rungs by name
-    "Full fine-tuning, stopped at the rungs; goes on where it was cut off, and does nothing when done."
+    "Full fine-tuning, stopped at the rungs; goes on where it was cut off."
     folder = Path(folder)
     if not rungs_done(folder):
         if (folder / "fine_tuning.json").exists():  # complete once, but a rung was deleted
             shutil.rmtree(folder)
+        for part in folder.glob(".part-*"):  # left by a run that was killed while writing
+            shutil.rmtree(part)
         model, tokenizer = load_classifier(source, seed=config.seed)
 
         def evaluate():

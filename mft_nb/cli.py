@@ -77,7 +77,7 @@ def _numbers(text):
         raise ValueError("no number")
     return numbers
 
-# %% ../nbs/11_cli.ipynb #5b78b4c7
+# %% ../nbs/11_cli.ipynb #18f9261d
 def print_results(
     folder: str | Path,  # of one profile's records
     published: str | Path | None = None,  # records to compare with
@@ -107,17 +107,19 @@ def compare_text(
         return "None of these runs is among the published records."
     gap = (both.accuracy - both.accuracy_published).abs()
     return (
-        f"Beside the published records: {int((gap == 0).sum())} of {len(both)} runs have the same accuracy, "
-        f"the largest difference is {100 * gap.max():.2f} points. (Another processor rounds differently, so "
+        f"Beside the published records: {int((gap == 0).sum())} of {len(both)} runs have the "
+        "same accuracy, "
+        f"the largest difference is {100 * gap.max():.2f} points. (Another processor rounds "
+        "differently, so "
         "trained runs may differ by a few sentences.)"
     )
 
-# %% ../nbs/11_cli.ipynb #0e7c0f1f
+# %% ../nbs/11_cli.ipynb #9bdfa7e2
 @call_parse
 @_plain_errors
 def mft_reproduce(
     profile: str = "embedded",  # embedded, sst2, base or bert
-    data: str = None,  # folder with SST-2's train.tsv and dev.tsv (default: MFT_SST2_DIR, then the hub)
+    data: str = None,  # folder with SST-2's train.tsv, dev.tsv (default: MFT_SST2_DIR, or the hub)
     seeds: str = "0",  # such as 0 or 0,1,2 or 0-4
     out: str = "reproduction",  # folder for results/, figures/ and checkpoints/
     jobs: int = 0,  # runs at the same time, a core each (0: as many as there are cores)
@@ -139,7 +141,8 @@ def mft_reproduce(
     place = Place(out, data)
     waiting = missing_runs(runs, place)
     print(
-        f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to {place.records(profile)}"
+        f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to "
+        f"{place.records(profile)}"
     )
     run_missing(runs, place, jobs)
     print_results(place.records(profile), Path("results") / profile)
@@ -159,7 +162,7 @@ def mft_figures(
     for path in draw_all(Path(results), Path(figures)):
         print(path)
 
-# %% ../nbs/11_cli.ipynb #0a74d3b4
+# %% ../nbs/11_cli.ipynb #a931363b
 def _split(data, validation, seed):
     "Training and validation rows from one or two tables."
     from datasets import Dataset
@@ -171,7 +174,8 @@ def _split(data, validation, seed):
         return Dataset.from_pandas(rows), Dataset.from_pandas(read_table(validation))
     if len(rows) < 10:
         raise ValueError(
-            f"{data} has {len(rows)} rows; a tenth is held out, so give at least 10, or --validation."
+            f"{data} has {len(rows)} rows; a tenth is held out, so give at least 10, or "
+            "--validation."
         )
     parts = Dataset.from_pandas(rows).train_test_split(test_size=0.1, seed=seed)
     return parts["train"], parts["test"]
@@ -191,17 +195,18 @@ def _describe(
     second = wilson(int(right_after.sum()), len(labels))
     return f"before: {first}\nafter:  {second}\npaired: {mcnemar_exact(right_before, right_after)}"
 
-# %% ../nbs/11_cli.ipynb #ee56ab3f
+# %% ../nbs/11_cli.ipynb #a8195eb4
 @call_parse
 @_plain_errors
 def mft_fit(
     model: str,  # folder of a fine-tuned two-class classifier, or a known name
     data: str,  # .csv or .tsv with the columns sentence, label
     out: str,  # folder for the mask file
-    validation: str = None,  # the same kind of table to measure on (default: a tenth of the rows, held out)
+    validation: str = None,  # such a table to measure on (default: a tenth of the rows, held out)
     recipe: str = "recommended",  # recommended, seed or paper
     keep: float = 0.9,  # share of the weights that stay
     layers: str = "middle",  # middle, all, or numbers such as 4-7
+    target_modules: str = "",  # regular expressions, such as query,value (default: all weights)
     epochs: float = 2.0,  # passes over the training rows
     learning_rate: float = None,  # of the scores (default: the recipe's)
     seed: int = 0,  # order of the rows, held-out rows, random start
@@ -215,6 +220,7 @@ def mft_fit(
         config,
         keep=keep,
         layers=parse_layers(layers),
+        target_modules=tuple(filter(None, target_modules.split(","))),
         epochs=epochs,
         learning_rate=rate,
         start_seed=seed,

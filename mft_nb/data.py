@@ -6,11 +6,10 @@
 __all__ = ['SNIPPETS', 'cache_folder', 'file_sha256', 'check_sha256', 'fetch_archive', 'read_snippets', 'load_snippets',
            'read_table', 'phrases', 'leak', 'carve_validation', 'load_sst2', 'fingerprint', 'tokenise', 'load_data']
 
-# %% ../nbs/00_data.ipynb #1b71e738
+# %% ../nbs/00_data.ipynb #2841dd14
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,7 +50,7 @@ def check_sha256(
             f"{expected}. Delete {path} and run again to fetch it anew."
         )
 
-# %% ../nbs/00_data.ipynb #5fda8e16
+# %% ../nbs/00_data.ipynb #edf6513a
 def fetch_archive(
     requirement: str,  # exactly one version, such as "vaderSentiment==3.3.2"
     sha256: str,  # of the archive, 64 hexadecimal digits
@@ -85,7 +84,8 @@ def fetch_archive(
         if done.returncode or len(files) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise FileNotFoundError(
-                f"Could not fetch {requirement} from the package registry ({reason}). Connect to the "
+                f"Could not fetch {requirement} from the package registry ({reason}). Connect to "
+                "the "
                 f"registry once, or set MFT_CACHE to a folder that already holds {target.name}."
             )
         check_sha256(files[0], sha256, f"The download of {requirement}")
@@ -115,7 +115,7 @@ def read_snippets(
     frame["rating"] = frame["rating"].astype(float)
     return frame.drop_duplicates("sentence", ignore_index=True)
 
-# %% ../nbs/00_data.ipynb #aae37956
+# %% ../nbs/00_data.ipynb #5ee94ef5
 def load_snippets(
     min_rating: float = 1.5,  # keep |rating| >= this, in (0, 4]
     validation: int = 1000,  # rows of validation
@@ -131,7 +131,8 @@ def load_snippets(
     frame = frame[frame.rating.abs() >= min_rating]
     if validation + test >= len(frame):
         raise ValueError(
-            f"validation + test is {validation + test}, but only {len(frame)} rows have |rating| >= "
+            f"validation + test is {validation + test}, but only {len(frame)} rows have |rating| "
+            ">= "
             f"{min_rating}. Ask for fewer rows or a lower min_rating."
         )
     frame = frame.assign(label=(frame.rating > 0).astype(int))[["sentence", "label"]]
@@ -148,7 +149,7 @@ def load_snippets(
         }
     )
 
-# %% ../nbs/00_data.ipynb #6674581b
+# %% ../nbs/00_data.ipynb #015be3ea
 def read_table(
     path: str | Path,  # a .tsv (GLUE's form: no quoting) or .csv file with a header line
     labelled: bool = True,  # whether the column `label` must be there
@@ -159,7 +160,8 @@ def read_table(
         raise FileNotFoundError(f"No file {path}. Name an existing .tsv or .csv file.")
     if path.suffix not in (".tsv", ".csv"):
         raise ValueError(
-            f"{path} ends in '{path.suffix}'; allowed are .tsv and .csv. Rename or convert the file."
+            f"{path} ends in '{path.suffix}'; allowed are .tsv and .csv. Rename or convert the "
+            "file."
         )
     options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
     try:
@@ -172,14 +174,15 @@ def read_table(
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
         raise ValueError(
-            f"{path} has no column {missing[0]!r}; its columns are {list(frame.columns)}. Its header line must "
+            f"{path} has no column {missing[0]!r}; its columns are {list(frame.columns)}. Its "
+            "header line must "
             f"name {' and '.join(wanted)}."
         )
     return _check_rows(frame[wanted], path)
 
 
 def _check_rows(frame, path):
-    "A frame with clean rows, or a ValueError that names the first bad one (1 = first row after the header)."
+    "A clean frame, or a ValueError that names the first bad row (1 stands under the header)."
     if frame.empty:
         raise ValueError(f"{path} has a header but no rows. Give it at least one sentence.")
     blank = np.flatnonzero(frame["sentence"].str.strip() == "")
@@ -193,7 +196,8 @@ def _check_rows(frame, path):
     if len(wrong):
         value = frame["label"].iloc[wrong[0]]
         raise ValueError(
-            f"{path}: row {wrong[0] + 1} has label {value!r}; allowed are 0 (negative) and 1 (positive). "
+            f"{path}: row {wrong[0] + 1} has label {value!r}; allowed are 0 (negative) and 1 "
+            "(positive). "
             "Correct the label or remove the row."
         )
     return frame.assign(label=frame["label"].astype(int))
@@ -229,7 +233,7 @@ def leak(
     ]
     return float(np.mean(leaked))
 
-# %% ../nbs/00_data.ipynb #b29c1e1d
+# %% ../nbs/00_data.ipynb #c0d02084
 def carve_validation(
     frame: pd.DataFrame,  # columns sentence, label; rows may be phrases of other rows
     count: int,  # sentences to draw for validation
@@ -242,7 +246,8 @@ def carve_validation(
     candidates = candidates[~candidates.isin(_inner_rows(normal, set(candidates)))]
     if not 0 < count <= len(candidates):
         raise ValueError(
-            f"count is {count}, but {len(candidates)} rows have at least {min_words} words and are no phrase of "
+            f"count is {count}, but {len(candidates)} rows have at least {min_words} words and "
+            "are no phrase of "
             "another row. Ask for between 1 and that many."
         )
     drawn = candidates.sample(count, random_state=seed)
@@ -264,7 +269,7 @@ def _inner_rows(rows, targets):
                     found.add(phrase)
     return found
 
-# %% ../nbs/00_data.ipynb #c2b1b99c
+# %% ../nbs/00_data.ipynb #c2979a75
 def load_sst2(
     folder: str
     | Path
@@ -297,7 +302,8 @@ def _sst2_from_hub():
         hub = load_dataset("stanfordnlp/sst2")
     except Exception as error:
         raise FileNotFoundError(
-            f"SST-2 could not be loaded from the Hugging Face hub ({type(error).__name__}). Connect to the hub, or "
+            f"SST-2 could not be loaded from the Hugging Face hub ({type(error).__name__}). "
+            "Connect to the hub, or "
             "give the folder with GLUE's train.tsv and dev.tsv (--data DIR or MFT_SST2_DIR)."
         ) from None
     return [hub[name].to_pandas()[["sentence", "label"]] for name in ("train", "validation")]
@@ -330,7 +336,7 @@ def tokenise(
         columns["labels"] = list(rows["label"])
     return Dataset.from_dict(columns)
 
-# %% ../nbs/00_data.ipynb #7e3a98f8
+# %% ../nbs/00_data.ipynb #774f3927
 def load_data(
     name: str,  # "snippets" or "sst2"
     folder: str | Path | None = None,  # for sst2: GLUE's files
@@ -339,7 +345,8 @@ def load_data(
     if name == "snippets":
         if folder:
             raise ValueError(
-                f"The snippets come from their package; a data folder ({folder}) goes with sst2 only."
+                f"The snippets come from their package; a data folder ({folder}) goes with sst2 "
+                "only."
             )
         return load_snippets()
     if name == "sst2":

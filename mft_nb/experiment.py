@@ -422,7 +422,7 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #65217a2d
+# %% ../nbs/09_experiment.ipynb #5c995e37
 def run_missing(
     runs: list[Run],  # a plan of one profile
     place: Place,  # where
@@ -435,6 +435,8 @@ def run_missing(
     waiting = [*missing_seeds(runs, place), *missing_runs(runs, place)]
     if not waiting:
         return 0
+    for part in place.records(profile.name).glob(".part-*"):  # left by a run that was killed
+        part.unlink()
     _data(profile.data, place.data)  # fetched and checked once, before any process starts
     if missing_seeds(runs, place):
         load_classifier(profile.model)  # likewise

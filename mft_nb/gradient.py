@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['toward_zero', 'toward_zero_mask', 'fastest_mask', 'mean_gradient']
 
-# %% ../nbs/05_gradient.ipynb #e12747ef
+# %% ../nbs/05_gradient.ipynb #8e1422a1
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,10 +13,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from .bitmask import BitMask, check_same_shapes, kept_count, top_k
+from .bitmask import BitMask, kept_count, top_k
 from .data import tokenise
 
-# %% ../nbs/05_gradient.ipynb #4950d6a1
+# %% ../nbs/05_gradient.ipynb #06dd8a20
 def toward_zero(
     weights: Mapping[str, Tensor],  # weight matrices by name
     gradients: Mapping[str, Tensor],  # gradients of the training loss, same names and shapes
@@ -25,7 +25,8 @@ def toward_zero(
     for name, weight in weights.items():
         if name not in gradients or gradients[name].shape != weight.shape:
             raise ValueError(
-                f"gradients lacks {name!r} in shape {tuple(weight.shape)}. Take them with `mean_gradient` "
+                f"gradients lacks {name!r} in shape {tuple(weight.shape)}. Take them with "
+                "`mean_gradient` "
                 "from the same model."
             )
     return {name: weight.detach() * gradients[name] for name, weight in weights.items()}

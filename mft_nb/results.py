@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['RECORD_FORMAT', 'CHANGING', 'METHOD_NAMES', 'CHECKPOINT_NAMES', 'prediction_rows', 'summary', 'write_record',
            'read_record', 'read_records', 'read_predictions', 'results_frame', 'accuracy_interval', 'difference_text',
-           'p_text', 'results_table', 'table_notes']
+           'p_text', 'results_table', 'checkpoint_table', 'table_notes']
 
-# %% ../nbs/08_results.ipynb #4630930c
+# %% ../nbs/08_results.ipynb #18ef5d14
 import hashlib
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -217,7 +216,7 @@ def p_text(
     "A p-value for a table."
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
-# %% ../nbs/08_results.ipynb #5e148633
+# %% ../nbs/08_results.ipynb #a4c9684e
 def results_table(
     frame: pd.DataFrame,  # from `results_frame`
     keep: float = 0.9,  # share kept by the masks to show
@@ -248,6 +247,26 @@ def results_table(
     return pd.DataFrame(rows)
 
 
+def checkpoint_table(
+    frame: pd.DataFrame,  # from `results_frame`
+    keep: float = 0.9,  # share kept by the masks to show
+) -> pd.DataFrame:  # a row a method, a text column a checkpoint
+    "The same numbers, a column a checkpoint: accuracy, interval, difference in points."
+    whole = frame.method.isin(["none", "gradient_all"])
+    shown = frame[whole | np.isclose(frame.keep, keep)]
+    cells = {}
+    for (checkpoint, method), runs in shown.groupby(["checkpoint", "method"], observed=True):
+        over = accuracy_interval(runs)
+        text = f"{100 * over.estimate:.1f} [{100 * over.low:.1f}, {100 * over.high:.1f}]"
+        if method != "none":
+            text += f" {100 * runs.difference.mean():+.1f}"
+        cells[METHOD_NAMES[method], CHECKPOINT_NAMES[checkpoint]] = text
+    table = pd.Series(cells).unstack()
+    methods = [name for name in METHOD_NAMES.values() if name in table.index]
+    checkpoints = [name for name in CHECKPOINT_NAMES.values() if name in table.columns]
+    return table.loc[methods, checkpoints].rename_axis("accuracy %")
+
+
 def table_notes(
     folder: str | Path,  # of one profile's records
     frame: pd.DataFrame,  # from `results_frame`
@@ -259,7 +278,8 @@ def table_notes(
     gain = minimum_detectable_gain(0.06, n)
     kind = "Student's t over seeds" if seeds > 1 else "Wilson's over sentences"
     return (
-        f"Majority class: {100 * majority:.2f} %. Test sentences: {n}; seeds: {seeds}; intervals: {kind}.\n"
+        f"Majority class: {100 * majority:.2f} %. Test sentences: {n}; seeds: {seeds}; "
+        f"intervals: {kind}.\n"
         f"Where 6 % of the predictions flip, one seed can detect a gain of {100 * gain:.1f} points "
         "(80 % power, two-sided 5 %)."
     )

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['check_number', 'TrainConfig', 'predict', 'accuracy', 'History', 'train']
 
-# %% ../nbs/03_train.ipynb #b74e7c48
+# %% ../nbs/03_train.ipynb #675165ac
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -206,7 +208,28 @@ class _Trainer(Trainer):
         if output_dir:
             (Path(output_dir) / "history.json").write_text(json.dumps(asdict(self.history)))
 
-# %% ../nbs/03_train.ipynb #62976e7a
+# %% ../nbs/03_train.ipynb #b8c1b701
+def _same_run(
+    folder: Path,  # of the checkpoints
+    asked: dict,  # settings of the run, as plain values
+) -> None:
+    "Note what a folder's run was asked; ValueError when it holds the start of another one."
+    path = folder / "asked.json"
+    if path.exists():
+        known = json.loads(path.read_text())
+        other = [name for name in asked if known.get(name) != asked[name]]
+        if other:
+            raise ValueError(
+                f"{folder} holds an unfinished run with other {', '.join(other)}. Give the same settings "
+                "to go on with it, or delete the folder to start anew."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "asked.json.part"
+    part.write_text(json.dumps(asked))
+    os.replace(part, path)
+
+# %% ../nbs/03_train.ipynb #c3447448
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
     tokenizer,  # its tokenizer
@@ -218,15 +241,20 @@ def train(
     folder: str | Path | None = None,  # keeps checkpoints to resume from; removed when done
     save_every: int = 0,  # steps between two checkpoints; 0: none
     callbacks: tuple[TrainerCallback, ...] = (),  # more callbacks
+    context: dict | None = None,  # further settings that a resumed run must share, plain values
     label: str = "train",  # of the progress bar
     progress: bool = True,  # whether to show the bar
     position: int = 0,  # line of the bar, where several processes show one
 ) -> History:  # curves of loss and validation accuracy
-    "Train a classifier on labelled sentences; a run that was cut off goes on from its last checkpoint."
+    "Train a classifier on labelled sentences; a run that was cut off goes on where it was."
     if len(rows) == 0:
         raise ValueError("rows is empty; give at least one labelled sentence to train on.")
     set_seed(config.seed)
     tokens = tokenise(rows, tokenizer, config.max_length)
+    if folder:
+        digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
+        asked = asdict(config) | {"rows": digest.hexdigest()} | (context or {})
+        _same_run(Path(folder), json.loads(json.dumps(asked)))
     history = History()
     bar = {"desc": label, "disable": not progress, "position": position}
 

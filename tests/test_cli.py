@@ -1,0 +1,166 @@
+"""The commands as a user types them: help, results, and one clear sentence for bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mft_nb.data import load_snippets
+from mft_nb.model import fetch_model
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+COMMANDS = ("mft_reproduce", "mft_figures", "mft_fit", "mft_apply")
+
+
+def call(command, *arguments, cwd=None, **environment):
+    """Run a command; its exit status, stdout and stderr."""
+    offline = {"HF_HUB_OFFLINE": "1", "MFT_SST2_DIR": ""} | environment
+    done = subprocess.run(
+        [BIN / command, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | offline,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model folder, a table of sentences, and tables with one fault each."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "model").symlink_to(fetch_model("minilm"), target_is_directory=True)
+    load_snippets()["train"].select(range(64)).to_csv(folder / "rows.csv", index=False)
+    (folder / "empty.csv").write_text("")
+    (folder / "header.csv").write_text("sentence,label\n")
+    (folder / "column.csv").write_text("text,label\ngood,1\n")
+    (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
+    (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (folder / "half").mkdir()
+    (folder / "half" / "train.tsv").write_text("sentence\tlabel\ngood\t1\n")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(command):
+    status, said, _ = call(command, "--help")
+    assert status == 0
+    assert "usage: " + command in said
+
+
+BAD_EXPERIMENTS = [
+    (["--profile", "imdb"], "profile is 'imdb'; known are embedded, sst2, base, bert"),
+    (["--seeds", "x"], "seeds is 'x'"),
+    (["--jobs", "-2"], "jobs is -2"),
+    (["--profile", "sst2", "--data", "no/folder"], "No folder no/folder"),
+    (["--profile", "sst2", "--data", "{files}/half"], "No file"),
+    (["--profile", "sst2"], "could not be loaded from the Hugging Face hub"),
+    (["--data", "{files}"], "brings its own"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", BAD_EXPERIMENTS, ids=lambda a: " ".join(a))
+def test_reproduce_refuses(arguments, expected, files, tmp_path):
+    arguments = [argument.format(files=files) for argument in arguments]
+    status, _, said = call("mft_reproduce", *arguments, "--out", tmp_path / "out")
+    check_refusal(status, said, expected)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_FITS = [
+    ({"data": "{files}/none.csv"}, "No file"),
+    ({"data": "{files}/empty.csv"}, "cannot be read"),
+    ({"data": "{files}/header.csv"}, "no rows"),
+    ({"data": "{files}/column.csv"}, "no column 'sentence'; its columns are ['text', 'label']"),
+    ({"data": "{files}/labels.csv"}, "row 1 has label 'yes'; allowed are 0 (negative) and 1"),
+    ({"data": "{files}/few.csv"}, "give at least 10"),
+    ({"model": "./no/model"}, "No folder ./no/model"),
+    ({"model": "{files}/half"}, "No model could be loaded"),
+    ({"model": "nobody/no-such-model"}, "No model could be loaded"),
+    ({"keep": "0"}, "keep is 0.0; allowed is above 0 and at most 1"),
+    ({"keep": "1.5"}, "keep is 1.5; allowed is above 0 and at most 1"),
+    ({"layers": "6"}, "layers holds 6, but the model's layers are 0 to 5"),
+    ({"layers": "last"}, "layers is 'last'"),
+    ({"target_modules": "qkv"}, "'qkv', which matches no maskable weight"),
+    ({"recipe": "best"}, "recipe is 'best'; known are seed, paper, recommended"),
+    ({"epochs": "0"}, "epochs is 0.0; allowed is above 0"),
+]
+
+
+@pytest.mark.parametrize("change, expected", BAD_FITS, ids=lambda a: str(a))
+def test_fit_refuses(change, expected, files, tmp_path):
+    options = {"model": "{files}/model", "data": "{files}/rows.csv", "out": str(tmp_path / "out")}
+    options = {name: value.format(files=files) for name, value in (options | change).items()}
+    arguments = [options.pop(name) for name in ("model", "data", "out")]
+    for name, value in options.items():
+        arguments += [f"--{name}", value]
+    status, _, said = call("mft_fit", *arguments)
+    check_refusal(status, said, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def check_refusal(status, said, expected):
+    """Exit status 2, no traceback, one line, the expected words."""
+    assert status == 2, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert ": error: " in last
+    assert expected in last
+
+
+def test_apply_refuses(files, tmp_path):
+    (tmp_path / "mask.safetensors").write_bytes(b"not a mask")
+    for mask, expected in [("nowhere", "No mask file"), (tmp_path, "not a mask file")]:
+        status, _, said = call("mft_apply", files / "model", mask, "--out", tmp_path / "out")
+        check_refusal(status, said, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_download_is_refused(tmp_path):
+    (tmp_path / "vaderSentiment==3.3.2.sdist").write_bytes(b"half of it")
+    status, _, said = call("mft_reproduce", "--out", tmp_path / "out", MFT_CACHE=str(tmp_path))
+    check_refusal(status, said, "is damaged or not the file that was published")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_registry_in_reach_is_one_sentence(tmp_path):
+    offline = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "MFT_CACHE": str(tmp_path / "c"),
+    }
+    status, _, said = call("mft_reproduce", "--out", tmp_path / "out", **offline)
+    check_refusal(status, said, "Could not fetch vaderSentiment==3.3.2 from the package registry")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_fit_then_apply(files, tmp_path):
+    options = ["--epochs", "1", "--target_modules", "query,value", "--layers", "0-1"]
+    status, said, errors = call(
+        "mft_fit", files / "model", files / "rows.csv", tmp_path / "mask", *options
+    )
+    assert status == 0, errors
+    assert "before: " in said and "BitMask(4 tensors" in said
+    assert sorted(path.name for path in (tmp_path / "mask").iterdir()) == [
+        "history.json",
+        "mask.safetensors",
+    ]
+    # the folder has no classifier of its own, so the head is drawn anew; the masked matrices are the same
+    arguments = [
+        files / "model",
+        tmp_path / "mask",
+        "--out",
+        tmp_path / "masked",
+        "--data",
+        files / "rows.csv",
+    ]
+    status, said, errors = call("mft_apply", *arguments)
+    assert status == 0, errors
+    assert (tmp_path / "masked" / "model.safetensors").exists()
+    status, _, said = call(
+        "mft_apply", tmp_path / "masked", tmp_path / "mask", "--data", files / "rows.csv"
+    )
+    check_refusal(status, said, "belongs to other base weights")

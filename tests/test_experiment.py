@@ -1,0 +1,92 @@
+"""The runner: same seed, same records; a killed run leaves nothing half-written and goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mft_nb.experiment import Place, missing_runs, run_missing
+from mft_nb.results import CHANGING, read_predictions, read_records
+from tests.tiny import PROFILE, RUNS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(out):
+    """The tiny experiment in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "tests.tiny", str(out)], cwd=ROOT)
+
+
+def lasting(record):
+    """A record without what differs between equal runs."""
+    where = {name: value for name, value in record["where"].items() if name not in CHANGING}
+    return json.dumps(record | {"where": where}, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Records of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    assert start(out).wait() == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Records of a run that was killed after its first record, and started again."""
+    out = tmp_path_factory.mktemp("killed")
+    folder = Place(str(out)).records("tiny")
+    process = start(out)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3)  # the workers notice and end
+    records = read_records(folder)  # each is whole
+    assert 0 < len(records) < len(RUNS) + 1, "killed too late: this tests nothing"
+    for record in records:
+        if "test" in record["happened"]:
+            read_predictions(folder, record)
+    assert start(out).wait() == 0
+    return out
+
+
+def test_every_run_has_a_record(whole):
+    assert missing_runs(RUNS, Place(str(whole))) == []
+    names = {record["name"] for record in read_records(Place(str(whole)).records("tiny"))}
+    assert names == {run.name for run in RUNS} | {"seed0-fine_tuning"}
+
+
+def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
+    one = read_records(Place(str(whole)).records("tiny"))
+    two = read_records(Place(str(killed)).records("tiny"))
+    assert [lasting(record) for record in one] == [lasting(record) for record in two]
+
+
+def test_nothing_half_written_stays(killed):
+    folder = Place(str(killed)).records("tiny")
+    stems = {path.stem for path in folder.glob("*.json")}
+    for path in folder.iterdir():
+        assert path.suffix in (".json", ".csv")
+        assert path.suffix != ".csv" or path.stem in stems
+
+
+def test_a_second_run_does_nothing(whole):
+    folder = Place(str(whole)).records("tiny")
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run_missing(RUNS, Place(str(whole)), profile=PROFILE, progress=False) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_missing_record_is_made_anew_and_equal(whole):
+    place = Place(str(whole))
+    path = place.records("tiny") / "seed0-90-random.json"
+    before = json.loads(path.read_text())
+    path.unlink()
+    assert run_missing(RUNS, place, jobs=1, profile=PROFILE, progress=False) == 1
+    assert lasting(json.loads(path.read_text())) == lasting(before)

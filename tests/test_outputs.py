@@ -1,0 +1,70 @@
+"""The outputs in the notebooks are those of a fresh run from top to bottom."""
+
+import base64
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [
+    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
+
+
+def run(path):
+    """The notebook after a fresh run, or the error that stopped it."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    place = {"metadata": {"path": str(path.parent)}}
+    try:
+        NotebookClient(notebook, timeout=600, resources=place, coalesce_streams=True).execute()
+    except Exception as error:
+        return error
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """All notebooks, run two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NOTEBOOKS, pool.map(run, NOTEBOOKS), strict=True))
+
+
+def texts(output):
+    """What an output shows as text, without memory addresses."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    shown = {kind: text for kind, text in data.items() if kind.startswith("text")}
+    return {kind: re.sub(r" at 0x[0-9a-f]+", "", str(text)).strip() for kind, text in shown.items()}
+
+
+def pixels(output):
+    """The picture of an output as numbers from 0 to 1, or None."""
+    coded = output.get("data", {}).get("image/png")
+    if coded is None:
+        return None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))).convert("RGB")) / 255
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_equal_a_fresh_run(path, fresh):
+    if isinstance(fresh[path], Exception):
+        raise fresh[path]
+    for old, new in zip(nbformat.read(path, as_version=4).cells, fresh[path].cells, strict=True):
+        if old.cell_type != "code":
+            continue
+        assert [texts(output) for output in old.outputs] == [
+            texts(output) for output in new.outputs
+        ]
+        for before, after in zip(old.outputs, new.outputs, strict=True):
+            if pixels(before) is not None:
+                assert pixels(before).shape == pixels(after).shape
+                assert np.abs(pixels(before) - pixels(after)).mean() < 0.002, old.source

@@ -1,0 +1,49 @@
+"""The committed records: complete, and each number follows from its predictions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mft_nb.experiment import Place, missing_runs, plan
+from mft_nb.results import read_predictions, read_records, results_frame, summary
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANS = {"embedded": (0, 1, 2), "sst2": (0,)}
+
+
+@pytest.mark.parametrize("profile", PLANS)
+def test_the_plan_is_complete(profile):
+    assert missing_runs(plan(profile, PLANS[profile]), Place(str(ROOT))) == []
+
+
+@pytest.mark.parametrize("profile", PLANS)
+def test_numbers_follow_from_predictions(profile):
+    folder = ROOT / "results" / profile
+    for record in read_records(folder):
+        if "test" in record["happened"]:
+            rows = read_predictions(folder, record)  # refuses rows that were changed
+            told = json.loads(json.dumps(summary(rows)))
+            assert told == record["happened"]["test"], record["name"]
+
+
+@pytest.mark.parametrize("profile", PLANS)
+def test_runs_share_data_weights_and_test_sentences(profile):
+    records = read_records(ROOT / "results" / profile)
+    assert len({record["where"]["data"]["sha256"] for record in records}) == 1
+    assert len({record["where"]["model"]["weights_sha256"] for record in records}) == 1
+    frame = results_frame(ROOT / "results" / profile)
+    assert frame.n.nunique() == 1
+    assert frame.p_value.between(0, 1).all()
+
+
+@pytest.mark.parametrize("profile", PLANS)
+def test_masks_of_the_table_cut_exactly_as_many(profile):
+    records = read_records(ROOT / "results" / profile)
+    cut = {
+        record["happened"]["mask"]["total"] - record["happened"]["mask"]["kept"]
+        for record in records
+        if record["asked"]["method"] not in ("none", "fine_tuning", "gradient_all")
+        and record["asked"]["keep"] == 0.9
+    }
+    assert len(cut) == 1

@@ -1,0 +1,46 @@
+"""What is generated from the notebooks is what lies in the repository."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [
+    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
+
+
+def test_export_leaves_no_diff(tmp_path):
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    export = Path(sys.executable).with_name("nbdev_export")
+    subprocess.run([export], cwd=tmp_path, check=True, capture_output=True)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "mft_nb").glob("*.py")}
+    committed = {p.name: p.read_text() for p in (ROOT / "mft_nb").glob("*.py")}
+    assert fresh.keys() == committed.keys()
+    for name in fresh:
+        assert fresh[name] == committed[name], f"mft_nb/{name} differs: run nbdev_export"
+
+
+def test_readme_is_made_from_the_front_page(tmp_path):
+    subprocess.run([sys.executable, ROOT / "tools" / "readme.py", tmp_path], check=True)
+    fresh = (tmp_path / "README.md").read_text()
+    assert fresh == (ROOT / "README.md").read_text(), "README.md differs: run make readme"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(path):
+    notebook = json.loads(path.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert all(cell.get("id") for cell in notebook["cells"])
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        assert not re.search(r"#\s*\|\s*eval:\s*false", source), source
+        assert not any(output["output_type"] == "error" for output in cell.get("outputs", []))
+    assert "metadata" not in notebook or set(notebook["metadata"]) <= {"kernelspec"}
