@@ -43,7 +43,7 @@ from .model import KNOWN_MODELS, load_classifier, maskable_weights
 from .results import METHOD_NAMES, prediction_rows, summary, write_record
 from .train import TrainConfig, predict
 
-# %% ../nbs/09_experiment.ipynb #d9c8bf8a
+# %% ../nbs/09_experiment.ipynb #d8fb91f5
 @dataclass(frozen=True)
 class Profile:
     "On which data and model an experiment runs, and how much of it."
@@ -70,7 +70,7 @@ PROFILES = {
         name="embedded",
         data="snippets",
         model="minilm",
-        fine_tuning=TrainConfig(learning_rate=1e-4, max_steps=280, batch_size=32, warmup_steps=40),
+        fine_tuning=TrainConfig(learning_rate=1e-4, max_steps=200, batch_size=32, warmup_steps=40),
         early_every=2,
         late_every=20,
         look_rows=400,
