@@ -43,7 +43,7 @@ from .model import KNOWN_MODELS, load_classifier, maskable_weights
 from .results import METHOD_NAMES, prediction_rows, summary, write_record
 from .train import TrainConfig, predict
 
-# %% ../nbs/09_experiment.ipynb #d8fb91f5
+# %% ../nbs/09_experiment.ipynb #a0c3b1f7
 @dataclass(frozen=True)
 class Profile:
     "On which data and model an experiment runs, and how much of it."
@@ -87,7 +87,7 @@ PROFILES = {
         late_every=50,
         look_rows=600,
         watch_rows=300,
-        mask_rows=12000,
+        mask_rows=6000,
         gradient_rows=1024,
     ),
 }
