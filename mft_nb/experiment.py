@@ -6,11 +6,12 @@
 __all__ = ['PROFILES', 'SWEEP', 'Profile', 'get_profile', 'Run', 'plan', 'find_mask', 'describe_mask', 'environment', 'Place',
            'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds', 'run_missing']
 
-# %% ../nbs/09_experiment.ipynb #e8fb45ad
+# %% ../nbs/09_experiment.ipynb #8a143f61
 import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
-from multiprocessing import current_process, get_context
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 
 import pandas as pd
@@ -43,7 +44,7 @@ from .model import KNOWN_MODELS, load_classifier, maskable_weights
 from .results import METHOD_NAMES, prediction_rows, summary, write_record
 from .train import TrainConfig, predict
 
-# %% ../nbs/09_experiment.ipynb #a0c3b1f7
+# %% ../nbs/09_experiment.ipynb #7e57be39
 @dataclass(frozen=True)
 class Profile:
     "On which data and model an experiment runs, and how much of it."
@@ -59,6 +60,7 @@ class Profile:
     mask_rows: int  # training rows for MFT
     gradient_rows: int  # training rows for the gradient idea
     test_rows: int = 0  # test rows to report on; 0: all
+    sweep: bool = False  # whether the plan sweeps over `keep` on the best checkpoint
 
     def __post_init__(self):
         if self.model not in KNOWN_MODELS:
@@ -77,6 +79,7 @@ PROFILES = {
         watch_rows=100,
         mask_rows=800,
         gradient_rows=512,
+        sweep=True,
     ),
     "sst2": Profile(
         name="sst2",
@@ -142,13 +145,13 @@ class Run:
         extra = "" if self.keep in (0.9, 1.0) else f"-keep{self.keep:g}"
         return f"seed{self.seed}-{self.checkpoint}-{self.method}{extra}"
 
-# %% ../nbs/09_experiment.ipynb #e05532d2
+# %% ../nbs/09_experiment.ipynb #4ea5dfd7
 def plan(
     profile: str,  # name of a profile
     seeds: tuple[int, ...] = (0,),  # whole numbers, 0 or more
 ) -> list[Run]:  # in the order in which they are tried
     "Every run of a profile."
-    get_profile(profile)
+    chosen = get_profile(profile)
     if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
         raise ValueError(
             f"seeds is {seeds!r}; allowed are whole numbers from 0, such as (0, 1, 2)."
@@ -159,7 +162,7 @@ def plan(
             for method in METHOD_NAMES:
                 keep = 1.0 if method in ("none", "gradient_all") else 0.9
                 runs.append(Run(profile, seed, checkpoint, method, keep))
-    for method, shares in SWEEP.items():
+    for method, shares in SWEEP.items() if chosen.sweep else ():
         runs += [Run(profile, min(seeds), "90", method, keep) for keep in shares]
     return runs
 
@@ -373,10 +376,11 @@ def _measured_leak(data):
         "random": {str(words): leak(mixed[count:], mixed[:count], words) for words in (1, 4)},
     }
 
-# %% ../nbs/09_experiment.ipynb #bde30522
+# %% ../nbs/09_experiment.ipynb #5bfc7131
 def _start_worker(parent):
     "Prepare a process of the pool: one thread, no chatter, and no life after its parent's."
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     from transformers.utils import logging
 
@@ -389,6 +393,11 @@ def _die_with(parent):
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
+
+
+def _cores():
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _work(task, profile, place, progress):
@@ -422,7 +431,7 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #5c995e37
+# %% ../nbs/09_experiment.ipynb #bc096e3d
 def run_missing(
     runs: list[Run],  # a plan of one profile
     place: Place,  # where
@@ -440,16 +449,19 @@ def run_missing(
     _data(profile.data, place.data)  # fetched and checked once, before any process starts
     if missing_seeds(runs, place):
         load_classifier(profile.model)  # likewise
-    jobs = (
-        jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    jobs = jobs or _cores()
     pool = ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
     )
     bar = tqdm(total=len(waiting), desc=profile.name, unit="run", disable=not progress)
     try:
         with pool:
-            return _drain(pool, jobs, waiting, profile, place, bar)
+            try:
+                return _drain(pool, jobs, waiting, profile, place, bar)
+            except BaseException:  # Ctrl-C or a failed run: do not wait for the others
+                for child in active_children():
+                    child.terminate()
+                raise
     except BrokenProcessPool:
         raise RuntimeError(
             "A worker process was killed, perhaps for lack of memory. Finished runs are kept; run "
@@ -474,11 +486,7 @@ def _drain(pool, jobs, waiting, profile, place, bar):
             waiting.remove(task)
         finished, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
         for future in finished:
-            try:
-                bar.set_postfix_str(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            bar.set_postfix_str(future.result())
             bar.update(1)
             done += 1
     return done

@@ -208,7 +208,7 @@ class _Trainer(Trainer):
         if output_dir:
             (Path(output_dir) / "history.json").write_text(json.dumps(asdict(self.history)))
 
-# %% ../nbs/03_train.ipynb #b8c1b701
+# %% ../nbs/03_train.ipynb #a9dec094
 def _same_run(
     folder: Path,  # of the checkpoints
     asked: dict,  # settings of the run, as plain values
@@ -220,7 +220,8 @@ def _same_run(
         other = [name for name in asked if known.get(name) != asked[name]]
         if other:
             raise ValueError(
-                f"{folder} holds an unfinished run with other {', '.join(other)}. Give the same settings "
+                f"{folder} holds an unfinished run with other {', '.join(other)}. Give the same "
+                "settings "
                 "to go on with it, or delete the folder to start anew."
             )
         return

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from mft_nb import cli
 from mft_nb.data import load_snippets
 from mft_nb.model import fetch_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 COMMANDS = ("mft_reproduce", "mft_figures", "mft_fit", "mft_apply")
+
+
+def call_here(command, capsys, **options):
+    """Run a command in this process; its exit status and stderr."""
+    try:
+        getattr(cli, command)(**options)
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
 
 
 def call(command, *arguments, cwd=None, **environment):
@@ -52,21 +62,31 @@ def test_help_names_every_option(command):
 
 
 BAD_EXPERIMENTS = [
-    (["--profile", "imdb"], "profile is 'imdb'; known are embedded, sst2, base, bert"),
-    (["--seeds", "x"], "seeds is 'x'"),
-    (["--jobs", "-2"], "jobs is -2"),
-    (["--profile", "sst2", "--data", "no/folder"], "No folder no/folder"),
-    (["--profile", "sst2", "--data", "{files}/half"], "No file"),
-    (["--profile", "sst2"], "could not be loaded from the Hugging Face hub"),
-    (["--data", "{files}"], "brings its own"),
+    ({"profile": "imdb"}, "profile is 'imdb'; known are embedded, sst2, base, bert"),
+    ({"seeds": "x"}, "seeds is 'x'"),
+    ({"jobs": -2}, "jobs is -2"),
+    ({"profile": "sst2", "data": "no/folder"}, "No folder no/folder"),
+    ({"profile": "sst2", "data": "{files}/half"}, "No file"),
+    ({"data": "{files}"}, "brings its own"),
 ]
 
 
-@pytest.mark.parametrize("arguments, expected", BAD_EXPERIMENTS, ids=lambda a: " ".join(a))
-def test_reproduce_refuses(arguments, expected, files, tmp_path):
-    arguments = [argument.format(files=files) for argument in arguments]
-    status, _, said = call("mft_reproduce", *arguments, "--out", tmp_path / "out")
+def filled(options, files):
+    """Options with the folder of the test's files put in."""
+    return {k: v.format(files=files) if isinstance(v, str) else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("options, expected", BAD_EXPERIMENTS, ids=str)
+def test_reproduce_refuses(options, expected, files, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    status, said = call_here("mft_reproduce", capsys, **filled(options, files), out=out)
     check_refusal(status, said, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reproduce_without_data_or_hub(tmp_path):
+    status, _, said = call("mft_reproduce", "--profile", "sst2", "--out", tmp_path / "out")
+    check_refusal(status, said, "could not be loaded from the Hugging Face hub")
     assert not (tmp_path / "out").exists()
 
 
@@ -79,26 +99,28 @@ BAD_FITS = [
     ({"data": "{files}/few.csv"}, "give at least 10"),
     ({"model": "./no/model"}, "No folder ./no/model"),
     ({"model": "{files}/half"}, "No model could be loaded"),
-    ({"model": "nobody/no-such-model"}, "No model could be loaded"),
-    ({"keep": "0"}, "keep is 0.0; allowed is above 0 and at most 1"),
-    ({"keep": "1.5"}, "keep is 1.5; allowed is above 0 and at most 1"),
+    ({"keep": 0.0}, "keep is 0.0; allowed is above 0 and at most 1"),
+    ({"keep": 1.5}, "keep is 1.5; allowed is above 0 and at most 1"),
     ({"layers": "6"}, "layers holds 6, but the model's layers are 0 to 5"),
     ({"layers": "last"}, "layers is 'last'"),
     ({"target_modules": "qkv"}, "'qkv', which matches no maskable weight"),
     ({"recipe": "best"}, "recipe is 'best'; known are seed, paper, recommended"),
-    ({"epochs": "0"}, "epochs is 0.0; allowed is above 0"),
+    ({"epochs": 0.0}, "epochs is 0.0; allowed is above 0"),
 ]
 
 
-@pytest.mark.parametrize("change, expected", BAD_FITS, ids=lambda a: str(a))
-def test_fit_refuses(change, expected, files, tmp_path):
+@pytest.mark.parametrize("change, expected", BAD_FITS, ids=str)
+def test_fit_refuses(change, expected, files, tmp_path, capsys):
     options = {"model": "{files}/model", "data": "{files}/rows.csv", "out": str(tmp_path / "out")}
-    options = {name: value.format(files=files) for name, value in (options | change).items()}
-    arguments = [options.pop(name) for name in ("model", "data", "out")]
-    for name, value in options.items():
-        arguments += [f"--{name}", value]
-    status, _, said = call("mft_fit", *arguments)
+    status, said = call_here("mft_fit", capsys, **filled(options | change, files))
     check_refusal(status, said, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fit_without_hub(files, tmp_path):
+    arguments = ["nobody/no-such-model", files / "rows.csv", tmp_path / "out", "--keep", "0.8"]
+    status, _, said = call("mft_fit", *arguments)
+    check_refusal(status, said, "No model could be loaded from 'nobody/no-such-model'")
     assert not (tmp_path / "out").exists()
 
 
@@ -111,10 +133,11 @@ def check_refusal(status, said, expected):
     assert expected in last
 
 
-def test_apply_refuses(files, tmp_path):
+def test_apply_refuses(files, tmp_path, capsys):
     (tmp_path / "mask.safetensors").write_bytes(b"not a mask")
+    options = {"model": str(files / "model"), "out": str(tmp_path / "out")}
     for mask, expected in [("nowhere", "No mask file"), (tmp_path, "not a mask file")]:
-        status, _, said = call("mft_apply", files / "model", mask, "--out", tmp_path / "out")
+        status, said = call_here("mft_apply", capsys, mask=str(mask), **options)
         check_refusal(status, said, expected)
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +171,7 @@ def test_fit_then_apply(files, tmp_path):
         "history.json",
         "mask.safetensors",
     ]
-    # the folder has no classifier of its own, so the head is drawn anew; the masked matrices are the same
+    # the folder has no head of its own, so one is drawn anew; the masked matrices are the same
     arguments = [
         files / "model",
         tmp_path / "mask",

@@ -1,4 +1,4 @@
-"""The real SST-2, where its files are at hand: MFT_SST2_DIR, or ../shared/sst2 beside the project."""
+"""The real SST-2, where at hand: MFT_SST2_DIR, or ../shared/sst2 beside the project."""
 
 import os
 from pathlib import Path
