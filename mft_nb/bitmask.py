@@ -47,7 +47,7 @@ def kept_count(
     cut = (1 - Decimal(str(check_keep(keep)))) * total
     return total - int(cut.quantize(Decimal(1), ROUND_HALF_UP))
 
-# %% ../nbs/02_bitmask.ipynb #1adf4fdf
+# %% ../nbs/02_bitmask.ipynb #56e21752
 def top_k(
     scores: Tensor,  # any shape, any float type, no NaN
     kept: int,  # how many to keep, 0 to scores.numel()
@@ -64,7 +64,7 @@ def top_k(
     missing = kept - int(mask.sum())
     ties = (flat == threshold).nonzero()[:missing, 0]
     mask[ties] = True
-    if len(ties) < missing:
+    if len(ties) < missing or flat.isnan().any():
         raise ValueError(
             f"{int(flat.isnan().sum())} of {total} scores are NaN, so they have no order. Lower "
             "the "
@@ -77,7 +77,8 @@ def _kth_smallest(flat, index):
     "The value with `index` values before it in ascending order."
     if flat.device.type != "cpu":
         return flat.kthvalue(index + 1).values
-    values = flat.float().numpy()
+    half = flat.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16; float32 is exact
+    values = (flat.float() if half else flat).numpy()
     return torch.tensor(np.partition(values, index)[index], dtype=flat.dtype)
 
 # %% ../nbs/02_bitmask.ipynb #ce79d94a

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RUNGS', 'Rung', 'write_model', 'read_rung', 'rungs_done', 'fine_tune_rungs']
 
-# %% ../nbs/04_checkpoints.ipynb #bfe52c82
+# %% ../nbs/04_checkpoints.ipynb #aac4e6f0
+import hashlib
 import json
 import os
 import shutil
@@ -17,10 +18,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
+from .data import write_whole
 from .model import load_classifier
-from .train import TrainConfig, accuracy, predict, train
+from .train import TrainConfig, accuracy, predict, remove_folder, same_run, train
 
-# %% ../nbs/04_checkpoints.ipynb #dd47a0cc
+# %% ../nbs/04_checkpoints.ipynb #45a1c90e
 RUNGS = {"baseline": 0.0, "75": 0.75, "90": 0.90}  # name: validation accuracy to reach
 
 
@@ -50,7 +52,7 @@ def write_model(
         tokenizer.save_pretrained(place)
         (place / "rung.json").write_text(json.dumps(asdict(rung), indent=1))
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, Path(scratch) / "old")
         os.replace(place, folder)
 
 
@@ -63,7 +65,7 @@ def read_rung(
         raise FileNotFoundError(f"No rung in {folder}. `fine_tune_rungs` makes it.")
     return Rung(**json.loads(path.read_text()))
 
-# %% ../nbs/04_checkpoints.ipynb #0deda5cc
+# %% ../nbs/04_checkpoints.ipynb #d1f94e72
 class _Climb(TrainerCallback):
     "Writes the rungs of one fine-tuning and stops it at the highest."
 
@@ -94,7 +96,7 @@ class _Climb(TrainerCallback):
             return
         reached = self.evaluate()
         self.looks.append([state.global_step, reached])
-        (self.folder / "looks.json").write_text(json.dumps(self.looks))
+        write_whole(self.folder / "looks.json", json.dumps(self.looks))
         if not (self.folder / "75").exists():
             self.offer("near", reached, state.global_step, lambda seen: abs(seen - RUNGS["75"]))
             if reached >= RUNGS["75"]:
@@ -102,8 +104,9 @@ class _Climb(TrainerCallback):
         self.offer("best", reached, state.global_step, lambda seen: -seen)
         if reached >= RUNGS["90"]:
             control.should_training_stop = True
+            control.should_save = False  # what is done is not resumed
 
-# %% ../nbs/04_checkpoints.ipynb #f92f058d
+# %% ../nbs/04_checkpoints.ipynb #e634dba1
 def rungs_done(
     folder: str | Path,  # of one seed's checkpoints
 ) -> bool:  # whether the ladder is complete
@@ -127,11 +130,16 @@ def fine_tune_rungs(
 ) -> dict[str, Rung]:  # the three rungs by name
     "Full fine-tuning, stopped at the rungs; goes on where it was cut off."
     folder = Path(folder)
+    asked = {"source": str(source), "looks": [early_every, late_every], **asdict(config)}
+    for name, split in (("rows", rows), ("validation", validation)):
+        listed = repr([split["sentence"][:], split["label"][:]])
+        asked[name] = hashlib.sha256(listed.encode()).hexdigest()
+    if (folder / "fine_tuning.json").exists() and not rungs_done(folder):
+        remove_folder(folder)  # complete once, but a rung was deleted
+    same_run(folder, asked)
     if not rungs_done(folder):
-        if (folder / "fine_tuning.json").exists():  # complete once, but a rung was deleted
-            shutil.rmtree(folder)
         for part in folder.glob(".part-*"):  # left by a run that was killed while writing
-            shutil.rmtree(part)
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         model, tokenizer = load_classifier(source, seed=config.seed)
 
         def evaluate():
@@ -179,7 +187,5 @@ def _finish(folder, history, looks, config):
         "validation": looks,
         "steps": history.steps,
     }
-    part = folder / "fine_tuning.json.part"
-    part.write_text(json.dumps(done))
-    os.replace(part, folder / "fine_tuning.json")
+    write_whole(folder / "fine_tuning.json", json.dumps(done))
     (folder / "looks.json").unlink(missing_ok=True)

@@ -162,7 +162,7 @@ def mft_figures(
     for path in draw_all(Path(results), Path(figures)):
         print(path)
 
-# %% ../nbs/11_cli.ipynb #a931363b
+# %% ../nbs/11_cli.ipynb #3e653e69
 def _split(data, validation, seed):
     "Training and validation rows from one or two tables."
     from datasets import Dataset
@@ -181,6 +181,15 @@ def _split(data, validation, seed):
     return parts["train"], parts["test"]
 
 
+def _need_head(classifier, source):
+    "Refuse a model whose classifier head was just drawn: a mask for it would be for nothing."
+    if classifier.new_head:
+        raise ValueError(
+            f"{source} has no two-class classifier head. Fine-tune it first, for example with "
+            "transformers' AutoModelForSequenceClassification, and name the saved folder."
+        )
+
+
 def _describe(
     before,  # logits (rows, 2) of the model without mask
     after,  # logits (rows, 2) with it
@@ -195,11 +204,11 @@ def _describe(
     second = wilson(int(right_after.sum()), len(labels))
     return f"before: {first}\nafter:  {second}\npaired: {mcnemar_exact(right_before, right_after)}"
 
-# %% ../nbs/11_cli.ipynb #a8195eb4
+# %% ../nbs/11_cli.ipynb #475f8302
 @call_parse
 @_plain_errors
 def mft_fit(
-    model: str,  # folder of a fine-tuned two-class classifier, or a known name
+    model: str,  # folder (or hub id) of a fine-tuned two-class classifier
     data: str,  # .csv or .tsv with the columns sentence, label
     out: str,  # folder for the mask file
     validation: str = None,  # such a table to measure on (default: a tenth of the rows, held out)
@@ -229,7 +238,8 @@ def mft_fit(
     from mft_nb.model import load_classifier
     from mft_nb.train import predict
 
-    classifier, tokenizer = load_classifier(model, seed=seed)
+    classifier, tokenizer = load_classifier(model)
+    _need_head(classifier, model)
     mft = MFT(classifier, config)
     mft.print_trainable_parameters()
     before = predict(mft.unload(), tokenizer, held)
@@ -248,11 +258,11 @@ def mft_fit(
 
 def _write_history(path, history):
     "The curves of a training, whole or not at all."
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(history)))
-    os.replace(part, path)
+    from mft_nb.data import write_whole
 
-# %% ../nbs/11_cli.ipynb #2861a80a
+    write_whole(path, json.dumps(asdict(history)))
+
+# %% ../nbs/11_cli.ipynb #c8cb289c
 @call_parse
 @_plain_errors
 def mft_apply(
@@ -281,6 +291,7 @@ def mft_apply(
     from mft_nb.train import predict
 
     classifier, tokenizer = load_classifier(model)
+    _need_head(classifier, model)
     mft = MFT.from_pretrained(classifier, place)
     print(mft.bitmask())
     if rows is not None:

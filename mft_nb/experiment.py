@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SWEEP', 'Profile', 'get_profile', 'Run', 'plan', 'find_mask', 'describe_mask', 'environment', 'Place',
-           'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds', 'run_missing']
+           'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds', 'check_same_experiment', 'only_one',
+           'run_missing']
 
-# %% ../nbs/09_experiment.ipynb #8a143f61
+# %% ../nbs/09_experiment.ipynb #1fa3bdce
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -28,6 +30,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+import mft_nb
 from mft_nb.bitmask import (
     AppliedMask,
     BitMask,
@@ -41,8 +44,8 @@ from .data import fingerprint, leak, load_data
 from .gradient import fastest_mask, mean_gradient, toward_zero_mask
 from .mask import MFT, MaskConfig
 from .model import KNOWN_MODELS, load_classifier, maskable_weights
-from .results import METHOD_NAMES, prediction_rows, summary, write_record
-from .train import TrainConfig, predict
+from .results import METHOD_NAMES, prediction_rows, read_record, summary, write_record
+from .train import TrainConfig, predict, remove_folder
 
 # %% ../nbs/09_experiment.ipynb #7e57be39
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def _train_mask(run, model, tokenizer, train_rows, validation, bar):
     mft.unload()
     return mask, {"settings": config.to_dict(), "curves": asdict(history)}
 
-# %% ../nbs/09_experiment.ipynb #75be8632
+# %% ../nbs/09_experiment.ipynb #8c9abb14
 def describe_mask(
     mask: BitMask,  # any mask
 ) -> dict:  # total, kept, density, density_by_tensor, sha256
@@ -229,13 +232,23 @@ def describe_mask(
     }
 
 
+def _commit(package):
+    "The commit that a package's code is at, marked where it was changed since; None outside git."
+    try:
+        head = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=package, stderr=subprocess.DEVNULL
+        )
+        changes = subprocess.check_output(["git", "status", "--porcelain", "."], cwd=package)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.decode().strip() + (" and changes" if changes.strip() else "")
+
+
 def environment() -> dict:  # commit, versions, device, threads
     "On what a run runs."
-    here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     packages = ("mft_nb", "torch", "transformers", "datasets", "tokenizers", "numpy")
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(Path(mft_nb.__file__).parent),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages},
         "device": f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -431,7 +444,46 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #bc096e3d
+# %% ../nbs/09_experiment.ipynb #e370922e
+def check_same_experiment(
+    profile: Profile,  # what is asked now
+    place: Place,  # where records may lie
+    data_sha256: str,  # of the data asked for now
+) -> None:
+    "ValueError where records come from other data or another way of fine-tuning."
+    for path in place.records(profile.name).glob("*.json"):
+        record = read_record(path)
+        other = record["where"]["data"]["sha256"] != data_sha256
+        if record["asked"]["method"] == "fine_tuning":
+            now = asdict(replace(profile.fine_tuning, seed=record["asked"]["seed"]))
+            other = other or record["asked"]["settings"] != now
+        if other:
+            raise ValueError(
+                f"{path} was made from other data or settings than are asked for now. Give another "
+                "--out, or delete the old records and checkpoints."
+            )
+
+
+@contextmanager
+def only_one(
+    out: str | Path,  # folder of an experiment
+) -> None:  # RuntimeError if another process is at work there
+    "Keep a second experiment out of a folder; the lock ends with the process, however it ends."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on Windows
+            pass
+        except OSError:
+            raise RuntimeError(
+                f"Another experiment is running in {out}. Wait for it, or give another --out."
+            ) from None
+        yield
+
+
 def run_missing(
     runs: list[Run],  # a plan of one profile
     place: Place,  # where
@@ -444,12 +496,27 @@ def run_missing(
     waiting = [*missing_seeds(runs, place), *missing_runs(runs, place)]
     if not waiting:
         return 0
-    for part in place.records(profile.name).glob(".part-*"):  # left by a run that was killed
-        part.unlink()
-    _data(profile.data, place.data)  # fetched and checked once, before any process starts
+    _, data_hash = _data(profile.data, place.data)  # fetched and checked before any process starts
     if missing_seeds(runs, place):
         load_classifier(profile.model)  # likewise
-    jobs = jobs or _cores()
+    check_same_experiment(profile, place, data_hash["sha256"])
+    with only_one(place.out):
+        _clean_up(runs, profile, place)
+        return _run_all(waiting, profile, place, jobs or _cores(), progress)
+
+
+def _clean_up(runs, profile, place):
+    "Remove what a killed run left half-way, and ladders of which a rung was deleted."
+    for part in place.records(profile.name).glob(".part-*"):
+        part.unlink()
+    for seed in missing_seeds(runs, place):
+        folder = place.rungs(profile.name, seed)
+        if (folder / "fine_tuning.json").exists() and not rungs_done(folder):
+            remove_folder(folder)
+
+
+def _run_all(waiting, profile, place, jobs, progress):
+    "Do tasks in a pool of processes."
     pool = ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
     )

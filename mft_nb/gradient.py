@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['toward_zero', 'toward_zero_mask', 'fastest_mask', 'mean_gradient']
 
-# %% ../nbs/05_gradient.ipynb #8e1422a1
+# %% ../nbs/05_gradient.ipynb #9e4c1d5d
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from .bitmask import BitMask, kept_count, top_k
-from .data import tokenise
+from .data import check_rows, tokenise
 
 # %% ../nbs/05_gradient.ipynb #06dd8a20
 def toward_zero(
@@ -54,7 +54,7 @@ def fastest_mask(
         masks[name] = slowest | (product <= 0)
     return BitMask(masks)
 
-# %% ../nbs/05_gradient.ipynb #bb955737
+# %% ../nbs/05_gradient.ipynb #a27031fa
 def mean_gradient(
     model: nn.Module,  # a sequence classifier; unchanged afterwards
     tokenizer,  # its tokenizer
@@ -63,10 +63,7 @@ def mean_gradient(
     batch_size: int = 32,  # rows a batch; does not change the result
 ) -> dict[str, Tensor]:  # by name, in the shape of the parameter
     "Gradient of the mean training loss over all rows, without dropout."
-    if len(rows) == 0:
-        raise ValueError(
-            "rows is empty; give at least one labelled sentence to take a gradient of."
-        )
+    check_rows(rows, "rows")
     chosen = {name: model.get_parameter(name) for name in names}
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -74,7 +71,9 @@ def mean_gradient(
         parameter.requires_grad_(True)
     total = {name: torch.zeros_like(parameter) for name, parameter in chosen.items()}
     model.eval()
+    device = next(model.parameters()).device
     for batch in _batches(tokenizer, rows, batch_size):
+        batch = batch.to(device)
         share = len(batch["labels"]) / len(rows)
         gradients = torch.autograd.grad(model(**batch).loss * share, list(chosen.values()))
         for sum_so_far, gradient in zip(total.values(), gradients, strict=True):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'MASK_FILE', 'MaskConfig', 'MaskedWeight', 'FixedMask', 'start_scores', 'MFT']
 
-# %% ../nbs/06_mask.ipynb #20e8420d
+# %% ../nbs/06_mask.ipynb #b182cfcc
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from mft_nb.bitmask import (
     top_k_masks,
     weights_sha256,
 )
-from .model import DEFAULT_EXCLUDE, maskable_weights
+from .model import DEFAULT_EXCLUDE, check_pattern, maskable_weights
 
 # %% ../nbs/06_mask.ipynb #da6fef51
 class _Cut(torch.autograd.Function):
@@ -64,7 +64,7 @@ _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
 }
 _WHOLE = ("batch_size", "warmup_steps", "start_seed")
 
-# %% ../nbs/06_mask.ipynb #d4c8af85
+# %% ../nbs/06_mask.ipynb #00ac30d5
 @dataclass(frozen=True)
 class MaskConfig:
     "What is masked, and how the scores start, are ranked and are trained."
@@ -95,8 +95,16 @@ class MaskConfig:
                     f"{name} is one string, {getattr(self, name)!r}; give a list of them."
                 )
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.layers, int):
+            raise TypeError(
+                f"layers is {self.layers}; give layer numbers as a list: [{self.layers}]."
+            )
+        if not isinstance(self.dropout, bool):
+            raise TypeError(f"dropout is {self.dropout!r}; allowed are True and False.")
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
+        for pattern in (*self.target_modules, *self.exclude_modules):
+            check_pattern(pattern)
         check_keep(self.keep)
         check_scope(self.scope)
         for name, allowed in _CHOICES.items():
@@ -113,6 +121,8 @@ class MaskConfig:
         if isinstance(value, bool) or not isinstance(value, kinds):
             kind = "whole number" if name in _WHOLE else "number"
             raise TypeError(f"{name} is {value!r}; allowed is a {kind}.")
+        if name == "warmup_ratio" and value > 1:
+            raise ValueError(f"warmup_ratio is {value}; allowed is 0 to 1, a share of all steps.")
         lowest, included = _LOWEST[name]
         if not (value > lowest or (included and value == lowest)) or value == float("inf"):
             limit = f"{lowest} or more" if included else f"above {lowest}"
@@ -206,7 +216,7 @@ class _StepCounter:
     def _step(cls, optimizer, arguments, keywords):
         cls.count += 1
 
-# %% ../nbs/06_mask.ipynb #f681ae3c
+# %% ../nbs/06_mask.ipynb #c140e12e
 class _Selection:
     "The exact top-k masks of a group of scores, found anew when a score has changed."
 
@@ -214,21 +224,22 @@ class _Selection:
         self.keep = keep
         self.scope = scope
         self.absolute = absolute
-        self.scores = []
+        self.members = []
         self._key = None
         self._masks = []
         _StepCounter.start()
 
     def masks(self):
-        key = [(score._version, score.data_ptr(), score.device) for score in self.scores]
+        scores = [member.scores for member in self.members]
+        key = [(score._version, score.data_ptr(), score.device) for score in scores]
         key.append(_StepCounter.count)
         if key != self._key:
-            ranked = [score.detach().abs() if self.absolute else score for score in self.scores]
+            ranked = [score.detach().abs() if self.absolute else score for score in scores]
             self._masks = top_k_masks(ranked, self.keep, self.scope)
             self._key = key
         return self._masks
 
-# %% ../nbs/06_mask.ipynb #26a49fda
+# %% ../nbs/06_mask.ipynb #3d6945cb
 class MaskedWeight(nn.Module):
     "The parametrization of one weight: frozen weight in, masked weight out."
 
@@ -240,8 +251,8 @@ class MaskedWeight(nn.Module):
         super().__init__()
         self.scores = nn.Parameter(scores)
         self.selection = selection
-        self.index = len(selection.scores)
-        selection.scores.append(self.scores)
+        self.index = len(selection.members)
+        selection.members.append(self)
 
     @property
     def mask(self) -> Tensor:  # bool, in the shape of the weight
@@ -280,7 +291,7 @@ def start_scores(
     median = magnitude.median()
     return magnitude * (config.spread / (median if median > 0 else 1.0))
 
-# %% ../nbs/06_mask.ipynb #59a1078e
+# %% ../nbs/06_mask.ipynb #574f48b1
 class MFT:
     "Mask Fine-Tuning on a model: scores on frozen weights, and the mask that they make."
 
@@ -322,6 +333,7 @@ class MFT:
         self._masked = {}
         self._asked_gradient = {n: p.requires_grad for n, p in model.named_parameters()}
         self._order = {}
+        self._on = True
         self._hook = None
         self._dropped = []
 
@@ -335,7 +347,9 @@ class MFT:
         if not self.config.dropout:
             self._dropped = _silence_dropout(self.model)
         if self.config.l1 and self.scores:
-            self._hook = self.model.register_forward_hook(_AddPenalty(self.config, self.scores))
+            self._hook = self.model.register_forward_hook(
+                _AddPenalty(self.config, list(self._masked.values()))
+            )
 
     @property
     def scores(self) -> list[nn.Parameter]:  # in the order of the weights; empty for a loaded mask
@@ -345,18 +359,19 @@ class MFT:
     def __repr__(self):
         return f"MFT({type(self.model).__name__}, {self.bitmask()})"
 
-# %% ../nbs/06_mask.ipynb #df400529
+# %% ../nbs/06_mask.ipynb #724af908
 class _AddPenalty:
     "Forward hook: add the penalty on the scores to the loss that the model returns in training."
 
-    def __init__(self, config, scores):
+    def __init__(self, config, masked):
         self.config = config
-        self.scores = scores
+        self.masked = masked
 
     def penalty(self):
-        total = sum(score.abs().sum() for score in self.scores)
+        scores = [one.scores for one in self.masked]
+        total = sum(score.abs().sum() for score in scores)
         if self.config.l1_reduction == "mean":
-            total = total / sum(score.numel() for score in self.scores)
+            total = total / sum(score.numel() for score in scores)
         return self.config.l1 * total
 
     def __call__(self, model, inputs, output):
@@ -369,22 +384,20 @@ def _silence_dropout(model):
     "Set every dropout rate of a model to 0; return (module, attribute, rate) to restore them."
     found = []
     for module in model.modules():
-        rates = (
-            {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-        )
-        for name, rate in list(rates.items()):
-            if isinstance(rate, float) and (name == "p" or "drop" in name) and rate:
+        own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
+        for name, rate in list(vars(module).items()):
+            if isinstance(rate, float) and rate and (name in own or "drop" in name):
                 found.append((module, name, rate))
                 setattr(module, name, 0.0)
     return found
 
-# %% ../nbs/06_mask.ipynb #28c70005
+# %% ../nbs/06_mask.ipynb #deda25b9
 @patch
 def penalty(self: MFT) -> Tensor:  # a scalar; 0 without a penalty
     "The penalty on the scores: l1 times the sum or mean of |scores|."
-    if not self.config.l1:
+    if not self.config.l1 or not self.scores:
         return torch.zeros(())
-    return _AddPenalty(self.config, self.scores).penalty()
+    return _AddPenalty(self.config, list(self._masked.values())).penalty()
 
 
 @patch
@@ -406,10 +419,21 @@ def print_trainable_parameters(self: MFT) -> None:
     total = sum(p.numel() for p in self.model.parameters()) - trained
     print(f"trainable scores: {trained:,} on a model of {total:,} weights")
 
-# %% ../nbs/06_mask.ipynb #ce711043
+# %% ../nbs/06_mask.ipynb #68356c6b
+@patch
+def _need_on(self: MFT):
+    "Refuse to go on with a mask that is no longer on its model."
+    if not self._on:
+        raise ValueError(
+            "The mask was taken off its model. Make a new MFT(model, config) to go on."
+        )
+
+
 @patch
 def _remove(self: MFT, leave):
     "Take the parametrizations off, leaving the masked weights or the base."
+    self._need_on()
+    self._on = False
     for name in self._masked:
         module = self.model.get_submodule(name.rpartition(".")[0])
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=leave)
@@ -435,7 +459,7 @@ def unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Take the mask off: the base model, bit for bit."
     return self._remove(leave=False)
 
-# %% ../nbs/06_mask.ipynb #68a25e7b
+# %% ../nbs/06_mask.ipynb #d4fab6c1
 MASK_FILE = "mask.safetensors"
 
 
@@ -445,6 +469,7 @@ def save_pretrained(
     folder: str | Path,  # made if missing; gets one file, written whole or not at all
 ) -> Path:  # the file
     "Save the mask with its config and the hash of its base weights."
+    self._need_on()
     return save_mask(
         self.bitmask(),
         Path(folder) / MASK_FILE,
@@ -477,7 +502,7 @@ def from_pretrained(
     mft._register()
     return mft
 
-# %% ../nbs/06_mask.ipynb #249667f4
+# %% ../nbs/06_mask.ipynb #b5bc7c9f
 @patch
 def train_config(
     self: MFT,
@@ -509,6 +534,7 @@ def fit(
     **options,  # of `mft_nb.train.train`: validation, eval_every, folder, progress, ...
 ):  # a `mft_nb.train.History`; `measured` holds the share of mask bits changed, and the penalty
     "Train the scores on labelled sentences."
+    self._need_on()
     from mft_nb.train import train
 
     if not self.scores:

@@ -35,7 +35,7 @@ from mft_nb.results import (
 )
 from .stats import majority_share, seed_interval, wilson
 
-# %% ../nbs/10_plots.ipynb #8716e261
+# %% ../nbs/10_plots.ipynb #020022c5
 COLORS = {
     "none": "#000000",
     "gradient_all": "#D55E00",
@@ -47,6 +47,8 @@ COLORS = {
     "magnitude": "#009E73",
 }
 MARKERS = dict(zip(COLORS, "oX^sPoDv", strict=True))
+
+# %% ../nbs/10_plots.ipynb #36b71807
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "font.size": 11,
@@ -66,7 +68,7 @@ STYLE = {
 }
 GREY = "0.45"  # lines to compare with, and captions
 
-# %% ../nbs/10_plots.ipynb #dcbb7ed7
+# %% ../nbs/10_plots.ipynb #0d5aa7e0
 GLUE = "\N{NO-BREAK SPACE}"  # where a title should not be broken
 
 
@@ -90,7 +92,7 @@ def _lines(text, width):
         width -= 1
     return textwrap.wrap(text, width, **whole)
 
-
+# %% ../nbs/10_plots.ipynb #e781ecea
 def _headline(figure, title, caption):
     "Put a title and a caption above the panels, and settle the layout."
     width, body = figure.get_size_inches()
@@ -107,7 +109,7 @@ def _headline(figure, title, caption):
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else each drawing would move the panels a little further
 
-# %% ../nbs/10_plots.ipynb #fb10a150
+# %% ../nbs/10_plots.ipynb #5c074562
 class MissingRecords(ValueError):
     "The runs that a figure shows are not all there."
 
@@ -124,12 +126,13 @@ def _complete(folder, stems):
         missing = min(lacking.values(), key=len)
         more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
         raise MissingRecords(
-            f"{folder} has no {', '.join(missing[:6])}{more}. `make reproduce` makes the records "
+            f"{folder} has no {', '.join(missing[:6])}{more}. `make reproduce` makes those of "
+            "the plan "
             "of the embedded profile, `mft_reproduce` those of any."
         )
     return records, complete
 
-
+# %% ../nbs/10_plots.ipynb #1fc33570
 def _runs(folder, stems):
     "Rows of `results_frame` of the complete seeds, and the accuracy of the best constant answer."
     records, seeds = _complete(folder, stems)
@@ -254,7 +257,23 @@ def _climbs(rungs):
         parts.append(f"the {name} % rung after {steps} steps, at {scores} %{note}")
     return "; ".join(parts)
 
-# %% ../nbs/10_plots.ipynb #d6fea191
+# %% ../nbs/10_plots.ipynb #34787e96
+def _rung_mark(axes, rung):
+    "A rung where it was taken, hollow if it fell short of its target."
+    color, marker = RUNG_LOOKS[rung["name"]]
+    face = color if rung["reached"] else "white"
+    look = {"marker": marker, "ls": "none", "ms": 9, "mfc": face, "mec": color, "zorder": 3}
+    label = CHECKPOINT_NAMES[rung["name"]] + ("" if rung["reached"] else " (fell short)")
+    axes.plot(rung["step"], 100 * rung["validation"], label=label, **look)
+
+
+def _unique_legend(axes, **options):
+    "A legend in which each label stands once."
+    handles, labels = axes.get_legend_handles_labels()
+    chosen = dict(zip(labels, handles, strict=True))
+    axes.legend(chosen.values(), chosen.keys(), **options)
+
+# %% ../nbs/10_plots.ipynb #0965401a
 @rc_context(STYLE)
 def fine_tuning_figure(
     folder: str | Path,  # of one profile's records
@@ -281,22 +300,6 @@ def fine_tuning_figure(
     note = "Validation accuracy chooses the rungs; no test sentence is used."
     _headline(figure, f"Full fine-tuning: {_climbs(rungs)}", f"{_where(folder, seeds)} {note}")
     return figure
-
-
-def _rung_mark(axes, rung):
-    "A rung where it was taken, hollow if it fell short of its target."
-    color, marker = RUNG_LOOKS[rung["name"]]
-    face = color if rung["reached"] else "white"
-    look = {"marker": marker, "ls": "none", "ms": 9, "mfc": face, "mec": color, "zorder": 3}
-    label = CHECKPOINT_NAMES[rung["name"]] + ("" if rung["reached"] else " (fell short)")
-    axes.plot(rung["step"], 100 * rung["validation"], label=label, **look)
-
-
-def _unique_legend(axes, **options):
-    "A legend in which each label stands once."
-    handles, labels = axes.get_legend_handles_labels()
-    chosen = dict(zip(labels, handles, strict=True))
-    axes.legend(chosen.values(), chosen.keys(), **options)
 
 # %% ../nbs/10_plots.ipynb #75082a42
 GRADIENT_SWEEP = ["90-none", "90-gradient_all", "90-gradient_fastest", "90-random"] + [
@@ -382,7 +385,7 @@ def gradient_figure(
     _headline(figure, _gradient_title(runs), _sweep_caption(folder, runs))
     return figure
 
-# %% ../nbs/10_plots.ipynb #7bbfe08c
+# %% ../nbs/10_plots.ipynb #f5d2750e
 SHAPES = ("mft_recommended", "magnitude", "random")
 KEEP_SWEEP = ["90-none"] + [
     f"90-{method}{keep}"
@@ -390,7 +393,7 @@ KEEP_SWEEP = ["90-none"] + [
     for keep in ("-keep0.1", "-keep0.25", "-keep0.5", "-keep0.75", "", "-keep0.95")
 ]
 
-
+# %% ../nbs/10_plots.ipynb #6a1f6d69
 @rc_context(STYLE)
 def keep_figure(
     folder: str | Path,  # of one profile's records
@@ -416,7 +419,7 @@ def keep_figure(
     _headline(figure, "; ".join(found), _sweep_caption(folder, runs) + note)
     return figure
 
-# %% ../nbs/10_plots.ipynb #b7e2c1a9
+# %% ../nbs/10_plots.ipynb #bf42ef70
 RECIPE_METHODS = ("mft_seed", "mft_paper", "mft_recommended")
 TRAINED = [f"{checkpoint}-{method}" for checkpoint in CHECKPOINT_NAMES for method in RECIPE_METHODS]
 TRAINING_PANELS = {  # curve of a record: label of the axis
@@ -434,7 +437,7 @@ def _curve(record, name):
     scale = 1 if name == "loss" else 100
     return pd.DataFrame({"step": steps, "value": scale * np.array(values)})
 
-
+# %% ../nbs/10_plots.ipynb #442d62ea
 def _curves(axes, curves, method):
     "A thin line a seed, and their mean as a thick one."
     for curve in curves if len(curves) > 1 else []:
@@ -444,7 +447,18 @@ def _curves(axes, curves, method):
     look["markevery"] = max(1, len(mean) // 4)
     axes.plot(mean.index, mean, label=METHOD_NAMES[method], **look)
 
-# %% ../nbs/10_plots.ipynb #9d6db52b
+# %% ../nbs/10_plots.ipynb #c3942a31
+def _training_title(records, seeds):
+    "How far each recipe moves its mask, over all checkpoints and seeds."
+    found = []
+    for method in RECIPE_METHODS:
+        names = [f"seed{seed}-{at}-{method}" for seed in seeds for at in CHECKPOINT_NAMES]
+        ends = [_curve(records[name], "measured").value.iloc[-1] for name in names]
+        recipe = METHOD_NAMES[method].removeprefix("MFT, ").replace(" ", GLUE)
+        found.append(f"{_between(ends, '{:.2g}')} % ({recipe})")
+    return f"Of the mask's bits, training changes {', '.join(found)}"
+
+# %% ../nbs/10_plots.ipynb #25989295
 @rc_context(STYLE)
 def training_figure(
     folder: str | Path,  # of one profile's records
@@ -472,17 +486,6 @@ def training_figure(
     _headline(figure, _training_title(records, seeds), f"{_where(folder, seeds)} {looks}")
     return figure
 
-
-def _training_title(records, seeds):
-    "How far each recipe moves its mask, over all checkpoints and seeds."
-    found = []
-    for method in RECIPE_METHODS:
-        names = [f"seed{seed}-{at}-{method}" for seed in seeds for at in CHECKPOINT_NAMES]
-        ends = [_curve(records[name], "measured").value.iloc[-1] for name in names]
-        recipe = METHOD_NAMES[method].removeprefix("MFT, ").replace(" ", GLUE)
-        found.append(f"{_between(ends, '{:.2g}')} % ({recipe})")
-    return f"Of the mask's bits, training changes {', '.join(found)}"
-
 # %% ../nbs/10_plots.ipynb #c456f41f
 ANATOMY = [f"{checkpoint}-gradient_all" for checkpoint in CHECKPOINT_NAMES] + ["90-mft_recommended"]
 
@@ -498,7 +501,17 @@ def _cut_by_matrix(records):
     order = frame.matrix.unique()
     return frame.pivot_table(index="layer", columns="matrix", values="cut")[order]
 
-# %% ../nbs/10_plots.ipynb #09caeedc
+# %% ../nbs/10_plots.ipynb #0c394f53
+def _anatomy_title(tables):
+    "How unevenly the masks cut."
+    gradient = pd.concat([table.stack() for table in list(tables.values())[:-1]])
+    trained = next(reversed(tables.values())).stack()
+    return (
+        f"Cutting all that moves toward zero takes {_between(gradient, '{:.1f}')} % of a matrix; "
+        f"a trained mask {_between(trained, '{:.1f}')} % of each, by construction"
+    )
+
+# %% ../nbs/10_plots.ipynb #f148af22
 @rc_context(STYLE)
 def anatomy_figure(
     folder: str | Path,  # of one profile's records
@@ -533,17 +546,7 @@ def anatomy_figure(
     _headline(figure, _anatomy_title(tables), note)
     return figure
 
-
-def _anatomy_title(tables):
-    "How unevenly the masks cut."
-    gradient = pd.concat([table.stack() for table in list(tables.values())[:-1]])
-    trained = next(reversed(tables.values())).stack()
-    return (
-        f"Cutting all that moves toward zero takes {_between(gradient, '{:.1f}')} % of a matrix; "
-        f"a trained mask {_between(trained, '{:.1f}')} % of each, by construction"
-    )
-
-# %% ../nbs/10_plots.ipynb #2b58adce
+# %% ../nbs/10_plots.ipynb #8ae0ac07
 FIGURES: dict[str, Callable[[Path], Figure]] = {
     "accuracy": accuracy_figure,
     "fine_tuning": fine_tuning_figure,
@@ -552,6 +555,8 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "training": training_figure,
     "anatomy": anatomy_figure,
 }
+
+# %% ../nbs/10_plots.ipynb #5c7c7967
 NO_DATES = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['RECORD_FORMAT', 'CHANGING', 'METHOD_NAMES', 'CHECKPOINT_NAMES', 'prediction_rows', 'summary', 'write_record',
            'read_record', 'read_records', 'read_predictions', 'results_frame', 'accuracy_interval', 'difference_text',
-           'p_text', 'results_table', 'checkpoint_table', 'table_notes']
+           'p_text', 'table_runs', 'results_table', 'checkpoint_table', 'table_notes']
 
-# %% ../nbs/08_results.ipynb #18ef5d14
+# %% ../nbs/08_results.ipynb #c0dd1799
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .data import write_whole
 from mft_nb.stats import (
     Interval,
     majority_share,
@@ -55,21 +54,7 @@ def summary(
         "class_share": [1 - share, share],
     }
 
-# %% ../nbs/08_results.ipynb #c6e7f587
-def _write_whole(path, text):
-    "Replace a file in one step."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
+# %% ../nbs/08_results.ipynb #1a5090a7
 def write_record(
     folder: str | Path,  # of the profile's records
     name: str,  # of the run; becomes NAME.json and NAME.csv
@@ -86,11 +71,18 @@ def write_record(
         )
     happened = {"status": "done", **happened}
     if predictions is not None:
-        text = predictions.to_csv(index=False, lineterminator="\n")
-        _write_whole(path.with_suffix(".csv"), text)
-        happened["predictions_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        rows = predictions.to_csv(index=False, lineterminator="\n")
+        happened["predictions_sha256"] = hashlib.sha256(rows.encode()).hexdigest()
     record = {"format": RECORD_FORMAT, "asked": asked, "happened": happened, "where": where}
-    _write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise ValueError(
+            f"The run {name} gave NaN or infinity, so it has no record. Lower its learning rate."
+        ) from None
+    if predictions is not None:
+        write_whole(path.with_suffix(".csv"), rows)
+    write_whole(path, text)
     return path
 
 # %% ../nbs/08_results.ipynb #1cad1a58
@@ -216,7 +208,24 @@ def p_text(
     "A p-value for a table."
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
-# %% ../nbs/08_results.ipynb #a4c9684e
+# %% ../nbs/08_results.ipynb #46d371f2
+def table_runs(
+    frame: pd.DataFrame,  # from `results_frame`
+    keep: float = 0.9,  # share kept by the masks to show
+) -> pd.DataFrame:  # the runs of the table, of the most complete seeds only
+    "The runs that belong into a table: masks of one share, of seeds that did all of them."
+    any_share = frame.method.isin(["none", "gradient_all"])
+    shown = frame[any_share | np.isclose(frame.keep, keep)]
+    done = {
+        seed: set(zip(runs.checkpoint, runs.method, strict=True))
+        for seed, runs in shown.groupby("seed")
+    }
+    everything = set().union(*done.values())
+    whole_seeds = [seed for seed, runs in done.items() if runs == everything]
+    fullest = [max(done, key=lambda seed: len(done[seed]))] if done else []
+    return shown[shown.seed.isin(whole_seeds or fullest)]
+
+# %% ../nbs/08_results.ipynb #3cd7d2c4
 def results_table(
     frame: pd.DataFrame,  # from `results_frame`
     keep: float = 0.9,  # share kept by the masks to show
@@ -224,10 +233,10 @@ def results_table(
     pd.DataFrame
 ):  # text columns checkpoint, method, accuracy, difference, McNemar p, called positive
     "Checkpoints x methods as text, ready to print."
-    whole = frame.method.isin(["none", "gradient_all"])
-    shown = frame[whole | np.isclose(frame.keep, keep)]
     rows = []
-    for (checkpoint, method), runs in shown.groupby(["checkpoint", "method"], observed=True):
+    for (checkpoint, method), runs in table_runs(frame, keep).groupby(
+        ["checkpoint", "method"], observed=True
+    ):
         over = accuracy_interval(runs)
         row = {
             "checkpoint": CHECKPOINT_NAMES[checkpoint],
@@ -252,10 +261,10 @@ def checkpoint_table(
     keep: float = 0.9,  # share kept by the masks to show
 ) -> pd.DataFrame:  # a row a method, a text column a checkpoint
     "The same numbers, a column a checkpoint: accuracy, interval, difference in points."
-    whole = frame.method.isin(["none", "gradient_all"])
-    shown = frame[whole | np.isclose(frame.keep, keep)]
     cells = {}
-    for (checkpoint, method), runs in shown.groupby(["checkpoint", "method"], observed=True):
+    for (checkpoint, method), runs in table_runs(frame, keep).groupby(
+        ["checkpoint", "method"], observed=True
+    ):
         over = accuracy_interval(runs)
         text = f"{100 * over.estimate:.1f} [{100 * over.low:.1f}, {100 * over.high:.1f}]"
         if method != "none":
@@ -272,14 +281,36 @@ def table_notes(
     frame: pd.DataFrame,  # from `results_frame`
 ) -> str:  # lines of text
     "What a reader needs beside the table: majority class, n, seeds, minimum detectable gain."
-    first = next(record for record in read_records(folder) if record["name"] == frame.name.iloc[0])
-    majority = majority_share(read_predictions(folder, first).label)
-    n, seeds = int(frame.n.iloc[0]), frame.seed.nunique()
-    gain = minimum_detectable_gain(0.06, n)
-    kind = "Student's t over seeds" if seeds > 1 else "Wilson's over sentences"
-    return (
-        f"Majority class: {100 * majority:.2f} %. Test sentences: {n}; seeds: {seeds}; "
-        f"intervals: {kind}.\n"
-        f"Where 6 % of the predictions flip, one seed can detect a gain of {100 * gain:.1f} points "
-        "(80 % power, two-sided 5 %)."
-    )
+    shown = table_runs(frame)
+    records = {record["name"]: record for record in read_records(folder)}
+    majority = majority_share(read_predictions(folder, records[shown.name.iloc[0]]).label)
+    n, seeds = int(shown.n.iloc[0]), sorted(shown.seed.unique())
+    kind = "Student's t over seeds" if len(seeds) > 1 else "Wilson's over sentences"
+    masks = shown[shown.method != "none"]
+    flips = float(((masks.fixed + masks.broken) / masks.n).median())
+    notes = [
+        f"Majority class: {100 * majority:.2f} %.",
+        f"Test sentences: {n}; random seeds: {', '.join(map(str, seeds))}; intervals: {kind}.",
+        _reached_text(shown, records),
+    ]
+    if 0 < flips <= 1:
+        gain = minimum_detectable_gain(flips, n)
+    if 0 < flips <= 1 and np.isfinite(gain):
+        notes.append(
+            f"The median mask flips {100 * flips:.1f} % of the predictions; with so many, one "
+            "seed can "
+            f"detect a gain of {100 * gain:.1f} points (80 % power, two-sided 5 %)."
+        )
+    notes.append("p-values are not adjusted for their number.")
+    return "\n".join(filter(None, notes))
+
+
+def _reached_text(shown, records):
+    "What each checkpoint reached on validation, whatever its name says."
+    parts = []
+    for checkpoint, runs in shown[shown.method == "none"].groupby("checkpoint", observed=True):
+        rungs = [records[name]["where"].get("rung") for name in runs.name]
+        if all(rungs):
+            reached = 100 * np.mean([rung["validation"] for rung in rungs])
+            parts.append(f"{CHECKPOINT_NAMES[checkpoint]}: {reached:.1f} %")
+    return f"Reached on validation: {', '.join(parts)}." if parts else ""

@@ -1,5 +1,6 @@
 """The commands as a user types them: help, results, and one clear sentence for bad input."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from mft_nb import cli
 from mft_nb.data import load_snippets
-from mft_nb.model import fetch_model
+from mft_nb.model import load_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -33,6 +34,7 @@ def call(command, *arguments, cwd=None, **environment):
         cwd=cwd,
         capture_output=True,
         text=True,
+        timeout=300,
         env=os.environ | offline,
     )
     return done.returncode, done.stdout, done.stderr
@@ -42,23 +44,31 @@ def call(command, *arguments, cwd=None, **environment):
 def files(tmp_path_factory):
     """A model folder, a table of sentences, and tables with one fault each."""
     folder = tmp_path_factory.mktemp("files")
-    (folder / "model").symlink_to(fetch_model("minilm"), target_is_directory=True)
+    model, tokenizer = load_classifier("minilm")  # saved with its head, like a fine-tuned one
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     load_snippets()["train"].select(range(64)).to_csv(folder / "rows.csv", index=False)
     (folder / "empty.csv").write_text("")
     (folder / "header.csv").write_text("sentence,label\n")
     (folder / "column.csv").write_text("text,label\ngood,1\n")
     (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
     (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (folder / "damaged").mkdir()
+    for path in (folder / "model").iterdir():
+        (folder / "damaged" / path.name).write_bytes(path.read_bytes()[:1000])
     (folder / "half").mkdir()
     (folder / "half" / "train.tsv").write_text("sentence\tlabel\ngood\t1\n")
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_every_option(command):
+def test_help_explains_every_option(command):
     status, said, _ = call(command, "--help")
     assert status == 0
     assert "usage: " + command in said
+    for name, parameter in inspect.signature(getattr(cli, command)).parameters.items():
+        shown = name if parameter.default is parameter.empty else f"--{name}"
+        assert shown in said
 
 
 BAD_EXPERIMENTS = [
@@ -85,7 +95,9 @@ def test_reproduce_refuses(options, expected, files, tmp_path, capsys):
 
 
 def test_reproduce_without_data_or_hub(tmp_path):
-    status, _, said = call("mft_reproduce", "--profile", "sst2", "--out", tmp_path / "out")
+    empty = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf" / "d")}
+    options = ["--profile", "sst2", "--out", tmp_path / "out"]
+    status, _, said = call("mft_reproduce", *options, **empty)
     check_refusal(status, said, "could not be loaded from the Hugging Face hub")
     assert not (tmp_path / "out").exists()
 
@@ -98,6 +110,8 @@ BAD_FITS = [
     ({"data": "{files}/labels.csv"}, "row 1 has label 'yes'; allowed are 0 (negative) and 1"),
     ({"data": "{files}/few.csv"}, "give at least 10"),
     ({"model": "./no/model"}, "No folder ./no/model"),
+    ({"model": "{files}/damaged"}, "No model could be loaded"),
+    ({"model": "minilm"}, "minilm has no two-class classifier head"),
     ({"model": "{files}/half"}, "No model could be loaded"),
     ({"keep": 0.0}, "keep is 0.0; allowed is above 0 and at most 1"),
     ({"keep": 1.5}, "keep is 1.5; allowed is above 0 and at most 1"),
@@ -171,7 +185,6 @@ def test_fit_then_apply(files, tmp_path):
         "history.json",
         "mask.safetensors",
     ]
-    # the folder has no head of its own, so one is drawn anew; the masked matrices are the same
     arguments = [
         files / "model",
         tmp_path / "mask",
