@@ -13,7 +13,6 @@ from mft_nb.experiment import Place, missing_runs, run_missing
 from mft_nb.results import CHANGING, read_predictions, read_records
 from tests.tiny import PROFILE, RUNS
 
-pytestmark = pytest.mark.xdist_group("experiment")  # its runs are made once
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -10,8 +10,6 @@ from mft_nb.mask import MFT, MaskConfig
 from mft_nb.model import load_classifier, maskable_weights
 from mft_nb.train import predict
 
-pytestmark = pytest.mark.xdist_group("frozen")  # its models are trained once
-
 
 @pytest.fixture(scope="module")
 def rows():

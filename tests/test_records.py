@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mft_nb import plots
 from mft_nb.experiment import Place, missing_runs, plan
 from mft_nb.results import read_predictions, read_records, results_frame, summary
 
@@ -47,3 +48,9 @@ def test_masks_of_the_table_cut_exactly_as_many(profile):
         and record["asked"]["keep"] == 0.9
     }
     assert len(cut) == 1
+
+
+def test_the_plan_makes_what_the_figures_need():
+    planned = {run.name for run in plan("embedded")}
+    for stem in plots.GRADIENT_SWEEP + plots.KEEP_SWEEP:
+        assert f"seed0-{stem}" in planned
