@@ -114,7 +114,7 @@ def compare_text(
         "trained runs may differ by a few sentences.)"
     )
 
-# %% ../nbs/11_cli.ipynb #9bdfa7e2
+# %% ../nbs/11_cli.ipynb #ade9bffd
 @call_parse
 @_plain_errors
 def mft_reproduce(
@@ -146,8 +146,16 @@ def mft_reproduce(
     )
     run_missing(runs, place, jobs)
     print_results(place.records(profile), Path("results") / profile)
-    drawn = draw_all(Path(out) / "results", Path(out) / "figures")
-    print(f"{len(drawn)} figure files in {Path(out) / 'figures'}")
+    if not _newer(Path(out) / "figures", Path(out) / "results"):
+        draw_all(Path(out) / "results", Path(out) / "figures")
+    print(f"figures are in {Path(out) / 'figures'}")
+
+
+def _newer(figures, records):
+    "Whether figures were drawn after the last record was written."
+    drawn = [path.stat().st_mtime for path in figures.glob("*.svg")]
+    written = [path.stat().st_mtime for path in records.glob("*/*.json")]
+    return bool(drawn) and min(drawn) > max(written)
 
 # %% ../nbs/11_cli.ipynb #a0615702
 @call_parse
