@@ -212,7 +212,7 @@ def _describe(
     second = wilson(int(right_after.sum()), len(labels))
     return f"before: {first}\nafter:  {second}\npaired: {mcnemar_exact(right_before, right_after)}"
 
-# %% ../nbs/11_cli.ipynb #475f8302
+# %% ../nbs/11_cli.ipynb #4f22ff6d
 @call_parse
 @_plain_errors
 def mft_fit(
@@ -227,6 +227,7 @@ def mft_fit(
     epochs: float = 2.0,  # passes over the training rows
     learning_rate: float = None,  # of the scores (default: the recipe's)
     seed: int = 0,  # order of the rows, held-out rows, random start
+    quiet: bool = False,  # show no progress bar
 ):
     "Learn which weights of a classifier to switch off, and save the mask."
     from mft_nb.mask import MFT, MaskConfig
@@ -252,9 +253,14 @@ def mft_fit(
     mft.print_trainable_parameters()
     before = predict(mft.unload(), tokenizer, held)
     mft = MFT(classifier, config)
-    unfinished = Path(out) / "unfinished"
     history = mft.fit(
-        tokenizer, train_rows, seed=seed, folder=unfinished, save_every=100, label="fit"
+        tokenizer,
+        train_rows,
+        seed=seed,
+        folder=Path(out) / "unfinished",
+        save_every=100,
+        label="fit",
+        progress=not quiet,
     )
     path = mft.save_pretrained(out)
     _write_history(Path(out) / "history.json", history)
