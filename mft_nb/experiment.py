@@ -47,7 +47,7 @@ from .model import KNOWN_MODELS, load_classifier, maskable_weights
 from .results import METHOD_NAMES, prediction_rows, read_record, summary, write_record
 from .train import TrainConfig, predict, remove_folder
 
-# %% ../nbs/09_experiment.ipynb #7e57be39
+# %% ../nbs/09_experiment.ipynb #cc931b67
 @dataclass(frozen=True)
 class Profile:
     "On which data and model an experiment runs, and how much of it."
@@ -69,7 +69,7 @@ class Profile:
         if self.model not in KNOWN_MODELS:
             raise ValueError(f"model is {self.model!r}; known are {', '.join(KNOWN_MODELS)}.")
 
-
+# %% ../nbs/09_experiment.ipynb #2f7fd7a0
 PROFILES = {
     "embedded": Profile(
         name="embedded",
@@ -328,7 +328,7 @@ def do_run(
     }
     return write_record(place.records(run.profile), run.name, asked, happened, where, predictions)
 
-# %% ../nbs/09_experiment.ipynb #7df0365b
+# %% ../nbs/09_experiment.ipynb #0fb95d9f
 def do_fine_tuning(
     seed: int,  # of head, order of rows and dropout
     profile: Profile,  # what to fine-tune on what
@@ -378,7 +378,7 @@ def do_fine_tuning(
     }
     return write_record(place.records(profile.name), target.stem, asked, happened, where)
 
-
+# %% ../nbs/09_experiment.ipynb #909aaffe
 def _measured_leak(data):
     "Share of validation rows with a phrase in train: our split, and a random one of its rows."
     train, validation = data["train"].to_pandas(), data["validation"].to_pandas()
@@ -444,7 +444,7 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #e370922e
+# %% ../nbs/09_experiment.ipynb #2d664d0a
 def check_same_experiment(
     profile: Profile,  # what is asked now
     place: Place,  # where records may lie
@@ -483,7 +483,7 @@ def only_one(
             ) from None
         yield
 
-
+# %% ../nbs/09_experiment.ipynb #1edb2741
 def run_missing(
     runs: list[Run],  # a plan of one profile
     place: Place,  # where
@@ -514,7 +514,7 @@ def _clean_up(runs, profile, place):
         if (folder / "fine_tuning.json").exists() and not rungs_done(folder):
             remove_folder(folder)
 
-
+# %% ../nbs/09_experiment.ipynb #38fc4998
 def _run_all(waiting, profile, place, jobs, progress):
     "Do tasks in a pool of processes."
     pool = ProcessPoolExecutor(
@@ -558,7 +558,7 @@ def _drain(pool, jobs, waiting, profile, place, bar):
             done += 1
     return done
 
-
+# %% ../nbs/09_experiment.ipynb #fa0b81b0
 def _possible(task, place):
     "Whether a task's checkpoint exists; fine-tuning needs none."
     if not isinstance(task, Run):

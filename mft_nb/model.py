@@ -211,7 +211,7 @@ def layer_count(model: nn.Module) -> int:  # highest layer index of a candidate 
     indices = [layer_of(name) for name in _candidates(model)]
     return max((index + 1 for index in indices if index is not None), default=0)
 
-# %% ../nbs/01_model.ipynb #8f90c15a
+# %% ../nbs/01_model.ipynb #1248b15c
 def maskable_weights(
     model: nn.Module,  # any module with linear layers
     layers: str | Iterable[int] = "middle",  # layer indices, "middle" (third) or "all"
@@ -255,7 +255,7 @@ def maskable_weights(
         )
     return allowed
 
-
+# %% ../nbs/01_model.ipynb #adfbf699
 def _matches_any(pattern, names):
     return any(re.search(pattern, name) for name in names)
 

@@ -225,7 +225,7 @@ def table_runs(
     fullest = [max(done, key=lambda seed: len(done[seed]))] if done else []
     return shown[shown.seed.isin(whole_seeds or fullest)]
 
-# %% ../nbs/08_results.ipynb #3cd7d2c4
+# %% ../nbs/08_results.ipynb #1f86fb4b
 def results_table(
     frame: pd.DataFrame,  # from `results_frame`
     keep: float = 0.9,  # share kept by the masks to show
@@ -255,7 +255,7 @@ def results_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/08_results.ipynb #aa28adf9
 def checkpoint_table(
     frame: pd.DataFrame,  # from `results_frame`
     keep: float = 0.9,  # share kept by the masks to show
@@ -275,7 +275,7 @@ def checkpoint_table(
     checkpoints = [name for name in CHECKPOINT_NAMES.values() if name in table.columns]
     return table.loc[methods, checkpoints].rename_axis("accuracy %")
 
-
+# %% ../nbs/08_results.ipynb #97e5a20a
 def table_notes(
     folder: str | Path,  # of one profile's records
     frame: pd.DataFrame,  # from `results_frame`
