@@ -168,13 +168,22 @@ DEFAULT_EXCLUDE = ("embed", "pooler", "classifier", "score", "lm_head", "pre_cla
 _NUMBERED = re.compile(r"(.*_)?(\d+)")  # a child called 4, or encoder_layer_4
 
 
+def _numbers(name):
+    "Every number in a dotted name: the stack it counts in, the number, the child's own name."
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if number := _NUMBERED.fullmatch(part):
+            stack = ".".join([*parts[:place], number[1] or ""]).rstrip(".")
+            yield stack, int(number[2]), ".".join(parts[: place + 1])
+
+
 def layer_of(
     name: str,  # dotted name of a module or weight
 ) -> int | None:  # the number, None without any
     "The first number in a dotted name."
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return next((number for _, number, _ in _numbers(name)), None)
 
-
+# %% ../nbs/01_model.ipynb #b1a7c0e5
 def check_pattern(pattern: str) -> str:
     "Refuse what is not a regular expression with a ValueError."
     try:
@@ -189,6 +198,16 @@ def check_pattern(pattern: str) -> str:
 def _matches(name, patterns):
     "Whether any pattern, a regular expression, is found in the name."
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _matches_any(pattern, names):
+    return any(re.search(pattern, name) for name in names)
+
+
+def _short(names, most=6):
+    "The first names of a list, for a message."
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 # %% ../nbs/01_model.ipynb #b1a7c0d1
 def _is_linear(module):
@@ -209,15 +228,6 @@ def _linear_modules(model):
     }
 
 # %% ../nbs/01_model.ipynb #b1a7c0d2
-def _numbers(name):
-    "Every number in a dotted name: the stack it counts in, the number, the child's own name."
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if number := _NUMBERED.fullmatch(part):
-            stack = ".".join([*parts[:place], number[1] or ""]).rstrip(".")
-            yield stack, int(number[2]), ".".join(parts[: place + 1])
-
-
 def _layer_places(model, linear, exclude_modules):
     "The stack and the number of the layer that each weight lies in, without those in no layer."
     left_out = [pattern for pattern in exclude_modules if pattern in DEFAULT_EXCLUDE]
@@ -280,7 +290,7 @@ def _chosen_layers(places, layers):
     ordered = {stack: sorted(numbers) for stack, numbers in stacks.items()}
     return {(s, n[place]) for s, n in ordered.items() for place in middle_third(len(n))}
 
-
+# %% ../nbs/01_model.ipynb #b1a7c0e4
 def _check_numbers(layers, existing):
     "Refuse what is not the number of an existing layer."
     chosen = set(layers)
@@ -353,47 +363,39 @@ def maskable_weights(
     layers = layers if isinstance(layers, str) else tuple(layers)
     linear = _linear_modules(model)
     _check_excluded(linear, target_modules, exclude_modules)
-    places = _layer_places(model, linear, exclude_modules)
-    chosen = _chosen_layers(places, layers)
-    anywhere = not places or (layers == "all" and target_modules)
     tied = _tied(model, linear)
-    allowed = {
-        name: module
-        for name, module in linear.items()
-        if not _matches(name, exclude_modules)
-        and name not in tied
-        and (anywhere or places.get(name) in chosen)
-    }
+    inside = _in_layers(model, linear, layers, target_modules, exclude_modules)
+    allowed = {n: m for n, m in inside.items() if n not in tied}
     for pattern in target_modules:
         if not _matches_any(pattern, allowed):
+            reason = _because(model, pattern, linear, tied, exclude_modules)
             raise ValueError(
-                f"target_modules has {pattern!r}, which matches no maskable weight"
-                f"{_because(model, pattern, linear, tied, exclude_modules)}. Maskable are "
-                f"{_short(allowed) or 'none'}. Correct the pattern, or leave target_modules empty "
-                "to take all of them."
+                f"target_modules has {pattern!r}, which matches no maskable weight{reason}. "
+                f"Maskable are {_short(allowed) or 'none'}. Correct the pattern, or leave "
+                "target_modules empty to take all of them."
             )
-    allowed = {
-        n: m for n, m in allowed.items() if not target_modules or _matches(n, target_modules)
-    }
-    _check_carriers(allowed)
-    if not allowed:
+    chosen = {n: m for n, m in allowed.items() if not target_modules or _matches(n, target_modules)}
+    if not chosen:
         raise ValueError(
             f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of "
             f"{len(linear)} linear weights, {len(tied)} are used in two places, and "
             f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers "
             "or exclude less."
         )
-    return {name: module.weight for name, module in allowed.items()}
+    _check_carriers(chosen)
+    return {name: module.weight for name, module in chosen.items()}
 
 # %% ../nbs/01_model.ipynb #adfbf699
-def _matches_any(pattern, names):
-    return any(re.search(pattern, name) for name in names)
-
-
-def _short(names, most=6):
-    "The first names of a list, for a message."
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _in_layers(model, linear, layers, target_modules, exclude_modules):
+    "The linear modules of the chosen layers, without the excluded ones."
+    places = _layer_places(model, linear, exclude_modules)
+    chosen = _chosen_layers(places, layers)
+    anywhere = not places or (layers == "all" and target_modules)
+    return {
+        name: module
+        for name, module in linear.items()
+        if (anywhere or places.get(name) in chosen) and not _matches(name, exclude_modules)
+    }
 
 
 def _check_excluded(linear, target_modules, exclude_modules):
@@ -408,7 +410,7 @@ def _check_excluded(linear, target_modules, exclude_modules):
                 f"nothing whole. There are {_short(linear)}. Correct the pattern."
             )
 
-
+# %% ../nbs/01_model.ipynb #b1a7c0e6
 def _because(model, pattern, linear, tied, exclude_modules):
     "Why the first weight that a pattern matches is left whole, for a message."
     names = dict(model.named_parameters(remove_duplicate=False)) | linear
