@@ -75,6 +75,16 @@ def _find_layers(model, first_layer):
         )
     return layers, int(number)
 
+# %% ../nbs/03b_activations.ipynb #15753a05
+def _need_right_padding(batch):
+    "Refuse a batch that is not padded on the right: positions would shift."
+    mask = batch["attention_mask"].bool()
+    if not (mask[:, 0].all() and (mask[:, :-1] | ~mask[:, 1:]).all()):
+        raise ValueError(
+            "A batch is not padded on the right, so the positions of its tokens depend on the rows "
+            "beside. Set tokenizer.padding_side = 'right'."
+        )
+
 # %% ../nbs/03b_activations.ipynb #2ffe15d2
 @dataclass(frozen=True)
 class _Layout:
@@ -100,7 +110,7 @@ class _Layout:
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         return {n: t for n, t in tensors.items() if not self.above(n.rpartition(".")[0])}
 
-# %% ../nbs/03b_activations.ipynb #69e5ffde
+# %% ../nbs/03b_activations.ipynb #292bb637
 @contextmanager
 def _evaluating(model):
     "Without gradients and dropout; afterwards every module is in the mode it was in."
@@ -113,7 +123,7 @@ def _evaluating(model):
         for module, mode in modes.items():
             module.training = mode
 
-
+# %% ../nbs/03b_activations.ipynb #5e2fd082
 def _hidden(arguments, keywords):
     "The hidden states among the arguments of a layer."
     return arguments[0] if arguments else keywords.get("hidden_states")
@@ -123,7 +133,7 @@ def _as_returned(hidden, size):
     "Hidden states in the form in which a layer returns them."
     return (hidden, *[None] * (size - 1)) if size else hidden
 
-
+# %% ../nbs/03b_activations.ipynb #d0249a49
 def _watched(model, layers, batch):
     "Names of the modules in the order they ran; each layer's index, input and output."
     entered, calls, hooks = [], [], []
@@ -146,10 +156,11 @@ def _watched(model, layers, batch):
             hook.remove()
     return entered, calls
 
-# %% ../nbs/03b_activations.ipynb #ad457afe
+# %% ../nbs/03b_activations.ipynb #9698202b
 def _survey(model, first_layer, batch):
     "The layout of a model; ValueError where leaving its lower layers out would not be sound."
     layers, first = _find_layers(model, first_layer)
+    _need_right_padding(batch)
     entered, calls = _watched(model, layers, batch)
     kind = f"The layers of {type(model).__name__} ({type(layers[0]).__name__})"
     advice = "Train this model without kept activations."
@@ -195,11 +206,11 @@ def _unique_rows(tokens):
     order = sorted(rows, key=lambda key: (-len(rows[key]["input_ids"]), key))
     return {key: rows[key] for key in order}
 
-# %% ../nbs/03b_activations.ipynb #fc929457
+# %% ../nbs/03b_activations.ipynb #ee6a4333
 _FORMAT = "mft_nb.activations/1"
 
 
-def _identity(model, layout, keys, batch_size):
+def _identity(model, layout, keys, batch_size, weights_hash):
     "64 hexadecimal digits from everything that the kept numbers depend on."
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
@@ -213,7 +224,7 @@ def _identity(model, layout, keys, batch_size):
         "config": settings,
         "attention": getattr(config, "_attn_implementation", None),
         "first_layer": layout.first_layer,
-        "weights": weights_sha256(layout.below(model)),
+        "weights": weights_hash,
         "tokens": tokens.hexdigest(),
         "batch_size": batch_size,
         "dtype": str(layout.dtype),
@@ -233,7 +244,7 @@ def _check_space(folder, needed):
             "kept activations."
         )
 
-# %% ../nbs/03b_activations.ipynb #a5204fe5
+# %% ../nbs/03b_activations.ipynb #cae9b00d
 @contextmanager
 def _replaced(forwards):
     "Give modules another forward for a while."
@@ -248,7 +259,7 @@ def _replaced(forwards):
             if forward is not None:
                 module.forward = forward
 
-
+# %% ../nbs/03b_activations.ipynb #4535f371
 def _capture(model, layout, rows, pad, path, batch_size, bar):
     "Write the input of the first layer for each row."
     layers, first = _find_layers(model, layout.first_layer)
@@ -273,7 +284,7 @@ def _capture(model, layout, rows, pad, path, batch_size, bar):
                 _write_rows(file, seen[first], batch["attention_mask"].bool())
         os.replace(part, path)
 
-
+# %% ../nbs/03b_activations.ipynb #f7612dd0
 def _write_rows(file, hidden, mask):
     "Append the hidden states of the tokens that are no padding, row after row."
     values = hidden[mask]
@@ -286,16 +297,6 @@ def _on_device(model, batch):
     "A batch on the model's device."
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _need_right_padding(batch):
-    "Refuse a batch that is not padded on the right: positions would shift."
-    mask = batch["attention_mask"].bool()
-    if not (mask[:, 0].all() and (mask[:, :-1] | ~mask[:, 1:]).all()):
-        raise ValueError(
-            "A batch is not padded on the right, so the positions of its tokens depend on the rows "
-            "beside. Set tokenizer.padding_side = 'right'."
-        )
 
 # %% ../nbs/03b_activations.ipynb #54254a4e
 KEPT = "kept_activations"  # the name under which they travel in a batch
@@ -334,7 +335,7 @@ class KeptActivations:
         "Delete the file; other objects that read it go on as they are."
         self.path.unlink(missing_ok=True)
 
-# %% ../nbs/03b_activations.ipynb #559885a0
+# %% ../nbs/03b_activations.ipynb #f11bc253
 def keep_activations(
     model: nn.Module,  # as it is, masked or not; left as it was
     tokenizer,  # of the model, padding on the right
@@ -351,33 +352,31 @@ def keep_activations(
     from transformers import DataCollatorWithPadding
 
     pad = DataCollatorWithPadding(tokenizer)
-    kept_rows = _unique_rows(_tokens(rows, tokenizer, max_length))
-    if not kept_rows:
-        raise ValueError("rows is empty; give at least one sentence.")
-    features = list(kept_rows.values())
+    unique = _unique_rows(_tokens(rows, tokenizer, max_length))
+    features = list(unique.values())
     probe = [features[index] for index in sorted({0, len(features) // 2, len(features) - 1})]
-    batch = _on_device(model, pad(probe))
-    _need_right_padding(batch)
-    layout = _survey(model, first_layer, batch)
+    layout = _survey(model, first_layer, _on_device(model, pad(probe)))
     if training:
         _check_trainable(model, layout, dropout=True)
     folder = Path(folder) if folder else cache_folder() / "activations"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_identity(model, layout, kept_rows, batch_size)}.bin"
-    count = sum(len(row["input_ids"]) for row in features)
-    needed = count * layout.width * layout.dtype.itemsize
+    weights_hash = weights_sha256(layout.below(model))
+    path = folder / f"{_identity(model, layout, unique, batch_size, weights_hash)}.bin"
+    needed = sum(len(row["input_ids"]) for row in features) * layout.width * layout.dtype.itemsize
     if not path.exists() or path.stat().st_size != needed:
         _check_space(folder, needed)
         bar = {"desc": "activations", "disable": not progress, "position": position}
         _capture(model, layout, features, pad, path, batch_size, bar)
-    kept = KeptActivations(path, layout, kept_rows, weights_sha256(layout.below(model)))
+    kept = KeptActivations(path, layout, unique, weights_hash)
     _check_same_outputs(model, kept, kept.collator(pad)(probe))
     return kept
 
-
+# %% ../nbs/03b_activations.ipynb #6d102f84
 def _tokens(rows, tokenizer, max_length):
     "The rows of one data set or several, tokenised if they are not yet."
     for part in rows if isinstance(rows, (list, tuple)) else [rows]:
+        if len(part) == 0:
+            raise ValueError("rows is empty; give at least one sentence.")
         if "input_ids" in part.column_names:
             yield from part
         else:
@@ -449,7 +448,7 @@ def collator(
     "A collator that adds the kept activations to each batch."
     return _Collator(self, pad)
 
-# %% ../nbs/03b_activations.ipynb #3ae161d7
+# %% ../nbs/03b_activations.ipynb #0328134e
 _IN_USE = weakref.WeakKeyDictionary()  # model -> the KeptActivations that it uses now
 
 
@@ -473,37 +472,42 @@ class _Feed(threading.local):
         "After the model ran, also with an error."
         self.now = None
 
-    def check(self, model, keywords):
-        for name in ("output_hidden_states", "output_attentions"):
-            config = getattr(model, "config", None)
-            if keywords.get(name) or getattr(config, name, False):
-                raise ValueError(
-                    f"{name} is on, but the lower layers are left out and have none. Turn it off, "
-                    "or run without kept activations."
-                )
-        use = (torch.is_grad_enabled(), model.training)
-        if any(use) and use not in self.checked:
-            _check_trainable(model, self.layout, dropout=model.training)
-            self.checked.add(use)
+# %% ../nbs/03b_activations.ipynb #7ecf208d
+@patch
+def check(self: _Feed, model, keywords):
+    "Refuse what the layers that are left out would have to give."
+    config = getattr(model, "config", None)
+    for name in ("output_hidden_states", "output_attentions"):
+        if keywords.get(name) or getattr(config, name, False):
+            raise ValueError(
+                f"{name} is on, but the lower layers are left out and have none. Turn it off, or "
+                "run without kept activations."
+            )
+    use = (torch.is_grad_enabled(), model.training)
+    if any(use) and use not in self.checked:
+        _check_trainable(model, self.layout, dropout=model.training)
+        self.checked.add(use)
 
-    def instead_of(self, layer, size, last):
-        "A forward that leaves the layer out when the batch brings kept activations."
-        usual = layer.forward
 
-        def forward(*arguments, **keywords):
-            if self.now is None:
-                return usual(*arguments, **keywords)
-            hidden = _hidden(arguments, keywords)
-            if last and self.now.shape != hidden.shape:
-                raise ValueError(
-                    f"The kept activations have shape {tuple(self.now.shape)}, the batch "
-                    f"{tuple(hidden.shape)}. Pad each batch with the collator."
-                )
-            return _as_returned(self.now.to(hidden.device) if last else hidden, size)
+@patch
+def instead_of(self: _Feed, layer, size, last):
+    "A forward that leaves the layer out when the batch brings kept activations."
+    usual = layer.forward
 
-        return forward
+    def forward(*arguments, **keywords):
+        if self.now is None:
+            return usual(*arguments, **keywords)
+        hidden = _hidden(arguments, keywords)
+        if last and self.now.shape != hidden.shape:
+            raise ValueError(
+                f"The kept activations have shape {tuple(self.now.shape)}, the batch "
+                f"{tuple(hidden.shape)}. Pad each batch with the collator."
+            )
+        return _as_returned(self.now.to(hidden.device) if last else hidden, size)
 
-# %% ../nbs/03b_activations.ipynb #0b0ac6ed
+    return forward
+
+# %% ../nbs/03b_activations.ipynb #e237b416
 @patch
 @contextmanager
 def skipping(
@@ -534,7 +538,7 @@ def skipping(
         for hook in hooks:
             hook.remove()
 
-
+# %% ../nbs/03b_activations.ipynb #d3ab449a
 @patch
 def _check_model(self: KeptActivations, model):
     "Refuse a model whose lower layers are not those that the activations were computed with."
