@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -129,21 +129,30 @@ def _same_random_state():
         torch.set_rng_state(state)
 
 
+def _with_activations(model, collator, activations):
+    "The collator and the context for a model that uses kept activations, or none."
+    if activations is None:
+        return collator, nullcontext()
+    return activations.collator(collator), activations.skipping(model)
+
+
 def predict(
     model: nn.Module,  # a sequence classifier
     tokenizer,  # its tokenizer
     rows: Dataset,  # column sentence; a label is ignored
     batch_size: int = 64,  # rows a batch
     max_length: int = 128,  # tokens a sentence
+    activations=None,  # a `mft_nb.activations.KeptActivations` that holds all rows
 ) -> np.ndarray:  # logits, float32 (rows, classes), in the order of the rows
     "Logits for each sentence."
     tokens = tokenise(rows.select_columns(["sentence"]), tokenizer, max_length)
     order = np.argsort(tokens["length"], kind="stable")[::-1]
-    with _same_random_state(), tempfile.TemporaryDirectory() as folder:
+    collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
+    with _same_random_state(), skipping, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=_arguments(folder, model.device, batch_size),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collator,
             callbacks=[],
         )
         logits = trainer.predict(tokens.select(order)).predictions
@@ -231,7 +240,7 @@ def same_run(
     path = folder / "asked.json"
     if path.exists():
         known = json.loads(path.read_text())
-        other = [name for name in asked if known.get(name) != asked[name]]
+        other = [name for name in known | asked if known.get(name) != asked.get(name)]
         if other:
             raise ValueError(
                 f"{folder} holds an unfinished run with other {', '.join(other)}. Give the same "
@@ -281,6 +290,7 @@ def train(
     label: str = "train",  # of the progress bar
     progress: bool = True,  # whether to show the bar
     position: int = 0,  # line of the bar, where several processes show one
+    activations=None,  # a `mft_nb.activations.KeptActivations` that holds all training rows
 ) -> History:  # curves of loss and validation accuracy
     "Train a classifier on labelled sentences; a run that was cut off goes on where it was."
     check_rows(rows, "rows")
@@ -288,22 +298,28 @@ def train(
         check_rows(validation, "validation")
     set_seed(config.seed)
     tokens = tokenise(rows, tokenizer, config.max_length)
+    look_activations = _look_activations(activations, tokens, validation, tokenizer, config)
     if folder:
         digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
         model_digest = weights_sha256(dict(model.named_parameters()))
         asked = asdict(config) | {"rows": digest.hexdigest(), "model": model_digest}
         asked |= context or {}
+        if activations is not None:
+            asked["activations"] = activations.first_layer
         same_run(Path(folder), json.loads(json.dumps(asked)))
     history = History()
     bar = {"desc": label, "disable": not progress, "position": position}
 
     def evaluate():
         was_training = model.training
-        logits = predict(model, tokenizer, validation, max_length=config.max_length)
+        logits = predict(
+            model, tokenizer, validation, 64, config.max_length, activations=look_activations
+        )
         model.train(was_training)
         return accuracy(logits, validation["label"])
 
-    with tempfile.TemporaryDirectory() as scratch:
+    collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
+    with tempfile.TemporaryDirectory() as scratch, skipping:
         place = Path(folder) if folder else Path(scratch)
         trainer = _Trainer(
             model=model,
@@ -311,7 +327,7 @@ def train(
                 place, model.device, config, len(rows), save_every if folder else 0
             ),
             train_dataset=tokens,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collator,
             callbacks=[
                 _Watch(history, evaluate if validation else None, measure, eval_every, bar),
                 *callbacks,
@@ -328,6 +344,22 @@ def train(
         remove_folder(folder)
     model.eval()
     return history
+
+
+def _look_activations(activations, tokens, validation, tokenizer, config):
+    "Kept activations for the validation, if it is kept; ValueError if the training rows are not."
+    if activations is None:
+        return None
+    if not activations.holds(tokens):
+        raise ValueError(
+            "activations does not hold all training rows. Make them with keep_activations from the "
+            f"same rows and tokenizer, with max_length={config.max_length}."
+        )
+    if validation is None:
+        return None
+    sentences = validation.select_columns(["sentence"])
+    held = activations.holds(tokenise(sentences, tokenizer, config.max_length))
+    return activations if held else None
 
 
 def _train_arguments(place, device, config, row_count, save_every):

@@ -1,0 +1,301 @@
+"""Kept activations change what is computed, not what comes out, on any family that takes them."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    DebertaV2Config,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    T5Config,
+    T5ForTokenClassification,
+    TrainerCallback,
+)
+
+from mft_nb.activations import keep_activations, lowest_layer
+from mft_nb.data import load_snippets
+from mft_nb.mask import MFT, MaskConfig
+from mft_nb.model import load_classifier, maskable_weights
+from mft_nb.train import predict, train
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
+SMALL |= {"intermediate_size": 32, "vocab_size": 30600, "pad_token_id": 0}
+FAMILIES = {
+    "distilbert": DistilBertConfig(
+        dim=16, n_heads=2, n_layers=4, hidden_dim=32, vocab_size=30600, pad_token_id=0
+    ),
+    "gpt2": GPT2Config(n_embd=16, n_head=2, n_layer=4, vocab_size=30600, pad_token_id=0),
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=1),
+    "modernbert": ModernBertConfig(**SMALL, global_attn_every_n_layers=2, local_attention=4),
+    "mpnet": MPNetConfig(**SMALL),
+    "deberta": DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load_classifier("minilm")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return load_snippets()["train"].select(range(48))
+
+
+def family(name):
+    """A small random model; its weights are large enough for its outputs to differ."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(FAMILIES[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model.eval()
+
+
+def masked(model):
+    """The MFT of a model, and its first masked layer."""
+    mft = MFT(model, MaskConfig(start="normal", learning_rate=1e-2, batch_size=8))
+    return mft, lowest_layer(mft.base_weights())
+
+
+def traces(model):
+    """What a context might leave behind: own attributes and hooks of every module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+    return {
+        name: (
+            sorted(vars(module)),
+            vars(module).get("forward"),
+            module.training,
+            [len(getattr(module, hook)) for hook in hooks],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_logits_and_gradients_on_every_family(name, minilm, rows, tmp_path):
+    tokenizer, model = minilm[1], family(name)
+    mft, first = masked(model)
+    usual = predict(model, tokenizer, rows)
+    before = traces(model)
+    kept = keep_activations(model, tokenizer, rows, first, folder=tmp_path, progress=False)
+    skipped = predict(model, tokenizer, rows, activations=kept)
+    assert np.abs(usual - skipped).max() < 1e-5 * max(1, np.abs(usual).max())
+    assert usual.std(axis=0).min() > 1e-3, "all rows look the same, so this tests nothing"
+
+    pad = DataCollatorWithPadding(tokenizer)
+    features = [tokenizer(sentence) for sentence in rows["sentence"][:8]]
+    gradients = []
+    for collate in (pad, kept.collator(pad)):
+        with kept.skipping(model):
+            batch = collate([{"input_ids": f["input_ids"]} for f in features])
+            model(**batch).logits[:, 0].sum().backward()
+        gradients.append([score.grad.clone() for score in mft.scores])
+        model.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0
+        assert (one - other).abs().max() < 1e-4 * one.abs().max()
+    assert traces(model) == before
+
+
+def fit(model, tokenizer, rows, kept_in=None, **options):
+    """Some steps of MFT, with kept activations where a folder for them is given."""
+    mft, first = masked(model)
+    kept = None
+    if kept_in:
+        look = options.get("validation")
+        sources = [rows] if look is None else [rows, look]
+        kept = keep_activations(model, tokenizer, sources, first, folder=kept_in, progress=False)
+    history = mft.fit(tokenizer, rows, activations=kept, progress=False, **options)
+    return mft, history
+
+
+def test_training_minilm_learns_the_same_mask(rows, tmp_path):
+    untrained, _ = masked(load_classifier("minilm")[0])
+    start = untrained.bitmask()
+    usual, usual_history = fit(*load_classifier("minilm"), rows, max_steps=6)
+    skipped, history = fit(*load_classifier("minilm"), rows, tmp_path, max_steps=6)
+    moved = sum((start[n] ^ usual.bitmask()[n]).sum().item() for n in start)
+    apart = sum((skipped.bitmask()[n] ^ usual.bitmask()[n]).sum().item() for n in start)
+    assert moved > 10_000
+    assert apart < 1e-3 * moved
+    for zero, one, other in zip(untrained.scores, usual.scores, skipped.scores, strict=True):
+        assert (one - other).abs().mean() < 1e-2 * (one - zero).abs().mean()
+    for one, other in zip(history.loss, usual_history.loss, strict=True):
+        assert one[0] == other[0] and abs(one[1] - other[1]) < 1e-4
+
+
+class Crash(TrainerCallback):
+    """Stops a run after its eighth step."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+
+def test_a_training_with_kept_activations_resumes(minilm, rows, tmp_path):
+    look = load_snippets()["validation"].select(range(16))
+    options = {"validation": look, "eval_every": 6, "max_steps": 12}
+    whole, history = fit(family("gpt2"), minilm[1], rows, tmp_path, **options)
+    folder = tmp_path / "unfinished"
+    options |= {"folder": folder, "save_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        fit(family("gpt2"), minilm[1], rows, tmp_path, callbacks=(Crash(),), **options)
+    with pytest.raises(ValueError, match="holds an unfinished run with other activations"):
+        fit(family("gpt2"), minilm[1], rows, None, **options)
+    resumed, resumed_history = fit(family("gpt2"), minilm[1], rows, tmp_path, **options)
+    assert resumed.bitmask() == whole.bitmask()
+    assert resumed_history == history
+
+
+@pytest.fixture
+def gpt2(minilm, rows, tmp_path):
+    """A small masked model, its tokenizer, its first masked layer, and options to keep with."""
+    mft, first = masked(family("gpt2"))
+    options = {"folder": tmp_path / "kept", "progress": False}
+    return SimpleNamespace(
+        model=mft.model, tokenizer=minilm[1], first=first, options=options, rows=rows
+    )
+
+
+def keep(setting, **more):
+    return keep_activations(
+        setting.model, setting.tokenizer, setting.rows, setting.first, **setting.options | more
+    )
+
+
+def test_a_file_is_reused_whatever_the_order_and_made_anew_when_cut(gpt2):
+    kept = keep(gpt2)
+    stamp = kept.path.stat().st_mtime_ns
+    gpt2.rows = gpt2.rows.select(range(len(gpt2.rows))[::-1])
+    assert keep(gpt2).path.stat().st_mtime_ns == stamp
+    with open(kept.path, "r+b") as file:
+        file.truncate(100)
+    assert keep(gpt2).path.stat().st_size > 100
+    gpt2.model.transformer.h[0].mlp.c_fc.weight.data[0, 0] += 1
+    assert keep(gpt2).path != kept.path
+
+
+def test_an_interrupted_pass_leaves_nothing(gpt2, monkeypatch):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    before = traces(gpt2.model)
+    monkeypatch.setattr("mft_nb.activations._write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        keep(gpt2, batch_size=8)
+    assert len(calls) == 3
+    assert list(gpt2.options["folder"].iterdir()) == []
+    assert traces(gpt2.model) == before
+
+
+def test_too_small_a_disk_is_refused_before_the_pass(gpt2, monkeypatch):
+    usage = shutil.disk_usage(".")._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"need 0 MB, but .* has 0 MB free\. Free some space"):
+        keep(gpt2)
+    assert list(gpt2.options["folder"].iterdir()) == []
+
+
+def test_an_error_within_leaves_the_model_as_it_was(gpt2):
+    before = traces(gpt2.model)
+    kept = keep(gpt2)
+    batch = kept.collator(DataCollatorWithPadding(gpt2.tokenizer))(
+        [{"input_ids": gpt2.tokenizer(gpt2.rows["sentence"][0])["input_ids"]}]
+    )
+    with pytest.raises(ValueError, match="Pad each batch with the collator"):
+        with kept.skipping(gpt2.model):
+            gpt2.model(**batch | {"kept_activations": batch["kept_activations"][:, 1:]})
+    assert traces(gpt2.model) == before
+
+
+def test_a_damaged_file_is_noticed(gpt2):
+    kept = keep(gpt2)
+    kept.path.write_bytes(np.random.default_rng(0).bytes(kept.path.stat().st_size // 4 * 4))
+    noise = np.random.default_rng(0).normal(size=kept.path.stat().st_size // 4)
+    kept.path.write_bytes(noise.astype(np.float32).tobytes())
+    with pytest.raises(ValueError, match="gives other outputs with kept activations"):
+        keep(gpt2)
+
+
+def test_half_precision_is_kept_as_it_is(gpt2):
+    full = keep(gpt2).path.stat().st_size
+    gpt2.model.to(torch.bfloat16)
+    kept = keep(gpt2)
+    assert kept.path.stat().st_size * 2 == full
+    assert kept._values.dtype == torch.bfloat16
+
+
+def test_what_would_be_lost_is_refused(gpt2, minilm, tmp_path):
+    kept = keep(gpt2)
+    tokens = [{"input_ids": gpt2.tokenizer(text)["input_ids"]} for text in gpt2.rows["sentence"]]
+    collate = kept.collator(DataCollatorWithPadding(gpt2.tokenizer))
+    batch = next(iter(DataLoader(tokens, batch_size=4, collate_fn=collate)))
+    gpt2.model.transformer.wte.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="wte.weight lies below transformer.h.1 and is trained"):
+        with kept.skipping(gpt2.model):
+            gpt2.model(**batch)
+    gpt2.model.requires_grad_(False)
+    gpt2.model.transformer.drop.p = 0.5
+    with kept.skipping(gpt2.model):
+        gpt2.model.eval()(**batch)  # drops nothing
+        with pytest.raises(ValueError, match=r"transformer.drop.p is 0.5: dropout below"):
+            gpt2.model.train()(**batch)
+    gpt2.model.transformer.drop.p = 0.0
+    gpt2.model.transformer.h[3].resid_dropout = 0.5  # above: its own affair
+    with kept.skipping(gpt2.model):
+        gpt2.model(**batch)
+
+
+def test_rows_that_are_not_kept_are_refused_before_training(gpt2):
+    mft_rows = load_snippets()["test"].select(range(8))
+    kept = keep(gpt2)
+    config = MaskConfig.recommended()
+    settings = MFT(family("gpt2"), config).train_config(max_steps=1)
+    with pytest.raises(ValueError, match="activations does not hold all training rows"):
+        train(gpt2.model, gpt2.tokenizer, mft_rows, settings, activations=kept, progress=False)
+
+
+def test_left_padding_is_refused(gpt2):
+    _, gpt2.tokenizer = load_classifier("minilm")
+    gpt2.tokenizer.padding_side = "left"
+    with pytest.raises(ValueError, match="Set tokenizer.padding_side = 'right'"):
+        keep(gpt2)
+
+
+def test_models_whose_layers_cannot_be_left_out_are_refused(gpt2):
+    shared = AlbertConfig(**SMALL, embedding_size=16, inner_group_num=2)
+    gpt2.model = AutoModelForSequenceClassification.from_config(shared).requires_grad_(False)
+    gpt2.first = "albert.encoder.albert_layer_groups.0.albert_layers.1"
+    with pytest.raises(ValueError, match=r"\(AlbertLayer\) do not run once each, in order"):
+        keep(gpt2)
+    t5 = T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, vocab_size=30600, pad_token_id=0
+    )
+    gpt2.model = T5ForTokenClassification(t5).requires_grad_(False)
+    names = maskable_weights(gpt2.model, layers=[1], exclude_modules=())
+    gpt2.first = lowest_layer(names)
+    with pytest.raises(ValueError, match="T5.*return more than hidden states|encoder-decoder"):
+        keep(gpt2)
+
+
+def test_no_rows_are_refused(gpt2):
+    gpt2.rows = Dataset.from_dict({"sentence": []})
+    with pytest.raises(ValueError, match="rows is empty"):
+        keep(gpt2)
