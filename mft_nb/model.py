@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'DEFAULT_EXCLUDE', 'fetch_model', 'load_classifier', 'layer_of', 'check_pattern', 'find_layers',
-           'layer_count', 'middle_third', 'maskable_weights']
+           'layer_count', 'middle_third', 'check_maskable', 'maskable_weights']
 
-# %% ../nbs/01_model.ipynb #5385219a
+# %% ../nbs/01_model.ipynb #871ff95b
 import os
 import re
 import shutil
@@ -163,7 +163,7 @@ def _locate(source):
         )
     return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
 
-# %% ../nbs/01_model.ipynb #eda609c2
+# %% ../nbs/01_model.ipynb #5001c020
 DEFAULT_EXCLUDE = ("embed", "pooler", "classifier", "score", "lm_head", "pre_classifier")
 _NUMBERED = re.compile(r"(.*_)?(\d+)")  # a child called 4, or encoder_layer_4
 
@@ -183,7 +183,7 @@ def layer_of(
     "The first number in a dotted name."
     return next((number for _, number, _ in _numbers(name)), None)
 
-# %% ../nbs/01_model.ipynb #b1a7c0e5
+# %% ../nbs/01_model.ipynb #3078a067
 def check_pattern(pattern: str) -> str:
     "Refuse what is not a regular expression with a ValueError."
     try:
@@ -209,7 +209,7 @@ def _short(names, most=6):
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/01_model.ipynb #b1a7c0d1
+# %% ../nbs/01_model.ipynb #db17a291
 def _is_linear(module):
     "Whether a module is a linear one, in any form: plain, GPT-2's or quantized."
     kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -227,7 +227,7 @@ def _linear_modules(model):
         if _is_linear(module)
     }
 
-# %% ../nbs/01_model.ipynb #b1a7c0d2
+# %% ../nbs/01_model.ipynb #22a17fef
 def _layer_places(model, linear, exclude_modules):
     "The stack and the number of the layer that each weight lies in, without those in no layer."
     left_out = [pattern for pattern in exclude_modules if pattern in DEFAULT_EXCLUDE]
@@ -249,7 +249,7 @@ def _has_blocks(modules):
     kinds = Counter(type(module) for module in modules if not _is_linear(module))
     return max(kinds.values(), default=0) > 1
 
-# %% ../nbs/01_model.ipynb #b1a7c0d3
+# %% ../nbs/01_model.ipynb #33445ba4
 def find_layers(
     model: nn.Module,  # any module with linear layers
 ) -> dict[str, tuple[int, ...]]:  # by the name of the stack: its layers' numbers, ascending
@@ -264,14 +264,14 @@ def layer_count(model: nn.Module) -> int:  # 0 where no name holds a number
     "How many layers a model has; of several stacks, those of the longest."
     return max((len(numbers) for numbers in find_layers(model).values()), default=0)
 
-# %% ../nbs/01_model.ipynb #93681e49
+# %% ../nbs/01_model.ipynb #18a28630
 def middle_third(
     count: int,  # layers of the model, at least 1
 ) -> tuple[int, ...]:  # positions of the layers in the middle
     "The middle third of the layers: 4-7 of 12, 2-3 of 6."
     return tuple(range(count // 3, count - count // 3))
 
-# %% ../nbs/01_model.ipynb #b1a7c0d7
+# %% ../nbs/01_model.ipynb #93a1eaf6
 def _chosen_layers(places, layers):
     "The stacks and numbers of the layers asked for."
     stacks = defaultdict(set)
@@ -290,7 +290,7 @@ def _chosen_layers(places, layers):
     ordered = {stack: sorted(numbers) for stack, numbers in stacks.items()}
     return {(s, n[place]) for s, n in ordered.items() for place in middle_third(len(n))}
 
-# %% ../nbs/01_model.ipynb #b1a7c0e4
+# %% ../nbs/01_model.ipynb #71abce72
 def _check_numbers(layers, existing):
     "Refuse what is not the number of an existing layer."
     chosen = set(layers)
@@ -315,7 +315,7 @@ def _span(numbers):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers)) or "none (no name holds a number)"
 
-# %% ../nbs/01_model.ipynb #b1a7c0d9
+# %% ../nbs/01_model.ipynb #ca118991
 def _tied(model, linear):
     "For each linear weight that has another name too: that other name."
     names = defaultdict(list)
@@ -324,7 +324,7 @@ def _tied(model, linear):
     found = {own: set(group) - {own} for group in names.values() for own in group}
     return {name: min(found[name]) for name in linear if found.get(name)}
 
-# %% ../nbs/01_model.ipynb #b1a7c0db
+# %% ../nbs/01_model.ipynb #2297cb40
 def _refusal(module):
     "Why the weight of a linear module cannot carry a mask; None where it can."
     weight = module._parameters.get("weight")
@@ -340,6 +340,20 @@ def _refusal(module):
     return None
 
 
+def check_maskable(
+    model: nn.Module,  # without a mask
+    names: Iterable[str],  # dotted names of linear weights
+) -> None:
+    "Refuse, by name, weights that cannot carry a mask, or that two places share."
+    linear = {name: module for name, module in _linear_modules(model).items() if name in names}
+    _check_carriers(linear)
+    for name, other in _tied(model, linear).items():
+        raise ValueError(
+            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
+            "in which they are apart."
+        )
+
+
 def _check_carriers(linear):
     "Refuse, by name, a weight that cannot carry a mask."
     for name, module in linear.items():
@@ -349,7 +363,7 @@ def _check_carriers(linear):
                 "in exclude_modules to leave it whole."
             )
 
-# %% ../nbs/01_model.ipynb #1248b15c
+# %% ../nbs/01_model.ipynb #8569affa
 def maskable_weights(
     model: nn.Module,  # any module with linear layers
     layers: str | Iterable[int] = "middle",  # layer numbers, "middle" (third) or "all"
@@ -385,7 +399,7 @@ def maskable_weights(
     _check_carriers(chosen)
     return {name: module.weight for name, module in chosen.items()}
 
-# %% ../nbs/01_model.ipynb #adfbf699
+# %% ../nbs/01_model.ipynb #3e264dd8
 def _in_layers(model, linear, layers, target_modules, exclude_modules):
     "The linear modules of the chosen layers, without the excluded ones."
     places = _layer_places(model, linear, exclude_modules)
@@ -410,7 +424,7 @@ def _check_excluded(linear, target_modules, exclude_modules):
                 f"nothing whole. There are {_short(linear)}. Correct the pattern."
             )
 
-# %% ../nbs/01_model.ipynb #b1a7c0e6
+# %% ../nbs/01_model.ipynb #33126a1a
 def _because(model, pattern, linear, tied, exclude_modules):
     "Why the first weight that a pattern matches is left whole, for a message."
     names = dict(model.named_parameters(remove_duplicate=False)) | linear
