@@ -1,0 +1,221 @@
+"""Model cards and uploads: true to their counts, refused where wrong; and links that exist."""
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from mft_nb import card as card_module
+from mft_nb.bitmask import BitMask, save_mask
+from mft_nb.card import MaskResult, mask_card, push_to_hub, record_result, write_card
+from mft_nb.experiment import describe_mask
+from mft_nb.mask import MASK_FILE, MaskConfig
+from mft_nb.results import prediction_rows, results_frame, summary, write_record
+
+ROOT = Path(__file__).resolve().parent.parent
+ABOUT = {"repo_id": "me/mask", "base_model": "me/model", "data": "toy: #1", "license": "mit"}
+RESULT = MaskResult(total=200, after=180, before=170)
+
+
+def save_toy(folder, first=False):
+    """A mask of four weights, cut at the second (or the first)."""
+    mask = BitMask({"layer.weight": torch.tensor([[not first, first], [True, True]])})
+    save_mask(mask, folder / MASK_FILE, "0" * 64, MaskConfig(keep=0.75).to_dict())
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a mask, and files beside it that are nobody's business."""
+    save_toy(tmp_path / "mask")
+    (tmp_path / "mask" / "secret.txt").write_text("not for the hub")
+    (tmp_path / "mask" / "unfinished").mkdir()
+    (tmp_path / "mask" / "unfinished" / MASK_FILE).write_text("half a mask")
+    return tmp_path / "mask"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that notes its calls; no token of this machine is used."""
+    calls = []
+
+    def create(self, repo_id, **options):
+        calls.append(("create", repo_id, self.token, options))
+        return f"hub/{repo_id}"
+
+    def upload(self, repo_id, folder_path, **options):
+        sent = {p.relative_to(folder_path).as_posix(): p for p in Path(folder_path).rglob("*")}
+        calls.append(("upload", repo_id, {name: path.read_bytes() for name, path in sent.items()}))
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(card_module, "get_token", lambda: None)
+    return calls
+
+
+def test_front_matter_is_plain_yaml_and_round_trips(folder):
+    card = mask_card(folder, **ABOUT, result=RESULT, dataset="stanfordnlp/sst2", split="validation")
+    path = write_card(card, folder)
+    loaded = ModelCard.load(path)
+    assert str(loaded) == path.read_text() == str(card)
+    front = yaml.safe_load(path.read_text().split("---")[1])
+    assert front == loaded.data.to_dict()
+    assert front["license"] == "mit"
+    assert front["datasets"] == ["stanfordnlp/sst2"]
+    (entry,) = front["model-index"][0]["results"]
+    assert entry["dataset"]["name"] == "toy: #1"
+    assert entry["dataset"]["split"] == "validation"
+    assert entry["metrics"][0]["value"] == 0.9
+
+
+def test_page_holds_interval_counts_size_hash_config_and_limits(folder):
+    page = mask_card(folder, **ABOUT, result=RESULT).text
+    for words in (
+        "| with the mask | 180 of 200 | 90.00 [85.06, 93.43] |",  # Wilson's, by the formula below
+        "was not tested",
+        f"{(folder / MASK_FILE).stat().st_size:,} bytes",
+        "1 of 4 (matrices: 1)",
+        "0" * 64,
+        '"keep": 0.75',
+        "inference is not faster",
+    ):
+        assert words in page, words
+    z, share, n = 1.959964, 0.9, 200
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    assert f"[{100 * (centre - half):.2f}, {100 * (centre + half):.2f}]" == "[85.06, 93.43]"
+
+
+def test_every_published_mask_has_the_result_of_the_table():
+    frame = results_frame(ROOT / "results" / "sst2").set_index("name")
+    masked = frame[frame.masked > 0]
+    assert len(masked)
+    for name, row in masked.iterrows():
+        result = record_result(ROOT / "results" / "sst2" / f"{name}.json")
+        assert (result.total, result.after) == (row.n, row.correct)
+        assert (result.paired.fixed, result.paired.broken) == (row.fixed, row.broken)
+        assert result.paired.p_value == row.p_value
+
+
+def write_toy_records(folder, mask, data=("a", "a")):
+    """Records of a masked run and of the unmasked one; the path of the first."""
+    for method, predictions, digest in (
+        ("none", [0, 1, 0, 1], data[0]),
+        ("mft_seed", [0, 1, 1, 1], data[1]),
+    ):
+        rows = prediction_rows(np.eye(2)[predictions], [0, 1, 1, 1])
+        asked = {"profile": "toy", "seed": 0, "checkpoint": "90", "method": method, "keep": 0.9}
+        happened = {"test": summary(rows)}
+        if method != "none":
+            happened["mask"] = describe_mask(mask)
+        where = {"data": {"sha256": digest}}
+        path = write_record(folder, f"seed0-90-{method}", asked, happened, where, rows)
+    return path
+
+
+def test_a_record_goes_with_its_own_mask_only(tmp_path):
+    path = write_toy_records(tmp_path / "records", save_toy(tmp_path / "mask"))
+    result = record_result(path)
+    assert (result.before, result.after, result.total) == (3, 4, 4)
+    page = mask_card(tmp_path / "mask", **ABOUT, result=result).text
+    assert "+25.00 points: 1 fixed, 0 broken of 4; McNemar's exact test p = 1.000" in page
+    save_toy(tmp_path / "other", first=True)
+    with pytest.raises(ValueError, match="record of another mask"):
+        mask_card(tmp_path / "other", **ABOUT, result=result)
+
+
+def test_records_that_cannot_be_compared_are_refused(tmp_path):
+    mask = save_toy(tmp_path / "mask")
+    path = write_toy_records(tmp_path / "mixed", mask, data=("a", "b"))
+    with pytest.raises(ValueError, match="different data"):
+        record_result(path)
+    alone = write_toy_records(tmp_path / "alone", mask)
+    alone.with_name("seed0-90-none.json").unlink()
+    with pytest.raises(FileNotFoundError, match="No record seed0-90-none.json"):
+        record_result(alone)
+    with pytest.raises(FileNotFoundError, match="No record seed9-90-mft_seed.json"):
+        record_result(alone.with_name("seed9-90-mft_seed.json"))
+
+
+def test_a_card_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
+    (folder / "README.md").write_text("old")
+    before = sorted(path.name for path in folder.iterdir())
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_card(mask_card(folder, **ABOUT, result=RESULT), folder)
+    assert (folder / "README.md").read_text() == "old"
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_only_mask_and_card_go_up(folder, hub, private):
+    card = mask_card(folder, **ABOUT, result=RESULT)
+    assert push_to_hub(folder, "me/mask", card, private=private, token="t") == "hub/me/mask"
+    mask = (folder / MASK_FILE).read_bytes()
+    assert hub == [
+        ("create", "me/mask", "t", {"private": private, "exist_ok": True}),
+        ("upload", "me/mask", {MASK_FILE: mask, "README.md": str(card).encode()}),
+    ]
+    assert not (folder / "README.md").exists()
+
+
+def test_nothing_goes_up_with_a_wrong_card_folder_or_token(folder, hub, tmp_path):
+    card = mask_card(folder, **ABOUT, result=RESULT)
+    save_toy(tmp_path / "other", first=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / MASK_FILE).write_bytes((folder / MASK_FILE).read_bytes()[:-9])
+    for place, repo_id, token, expected in (
+        (folder, "me/mask", None, "none is saved"),
+        (folder, "me/elsewhere", "t", "download from elsewhere"),
+        (folder, "mask", "t", "repo_id is 'mask'"),
+        (tmp_path / "other", "me/mask", "t", "card was made for another file"),
+        (tmp_path / "damaged", "me/mask", "t", "is not a mask file, or it is cut off"),
+        (tmp_path / "none", "me/mask", "t", "No mask file"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=expected):
+            push_to_hub(place, repo_id, card, token=token)
+    assert hub == []
+
+
+def test_without_network_one_sentence_says_so(folder, monkeypatch):
+    card = mask_card(folder, **ABOUT, result=RESULT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="could not be reached .*unset HF_HUB_OFFLINE"):
+        push_to_hub(folder, "me/mask", card, token="hf_toy")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ConnectionError, match="could not be reached"):
+        push_to_hub(folder, "me/mask", card, token="hf_toy")
+
+
+def test_a_refusal_by_the_hub_names_its_status(folder, hub, monkeypatch):
+    def refuse(self, **_):
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise HfHubHTTPError("Forbidden", response=response)
+
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    with pytest.raises(ConnectionError, match="refused me/mask with status 403"):
+        push_to_hub(folder, "me/mask", mask_card(folder, **ABOUT, result=RESULT), token="t")
+
+
+@pytest.mark.parametrize("path", ["13_card.ipynb", "tutorials/your_model.ipynb"])
+def test_links_are_relative_and_exist(path):
+    place = ROOT / "nbs" / path
+    cells = nbformat.read(place, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        assert (place.parent / link.partition("#")[0]).is_file(), link
