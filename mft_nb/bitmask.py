@@ -174,7 +174,7 @@ def density_by_head(
     self: BitMask,
     name: str,  # of a matrix of an attention block
     heads: int,  # attention heads
-    axis: int = 1,  # along which the heads lie: 1 where an nn.Linear reads them, 0 where it makes them
+    axis: int = 1,  # along which the heads lie: 1 where an nn.Linear reads them, else 0
 ) -> Tensor:  # (heads,), float64, 0 to 1
     "Share of weights kept in each attention head's block of a matrix."
     return _density_along(self, name, axis, heads)
@@ -655,9 +655,8 @@ def _read(path):
         header = file.read(length)
         entries = _entries(path, header)
         data = prefix + header + file.read()
-    if hashlib.sha256(_replace_digest(data, entries["sha256"], _NO_DIGEST)).hexdigest() != (
-        entries["sha256"]
-    ):
+    without = _replace_digest(data, entries["sha256"], _NO_DIGEST)
+    if hashlib.sha256(without).hexdigest() != entries["sha256"]:
         raise ValueError(
             f"{path} is damaged or cut off: its content does not match its SHA-256. Fetch it again."
         )
@@ -753,9 +752,7 @@ def picture(
     )
     left_out = f", {len(names)} of {len(self)} matrices shown" if len(names) < len(self) else ""
     cut = self.total - self.kept
-    axes.set(
-        title=f"{cut:,} of {self.total:,} weights cut{left_out}", xticks=[], xlabel="inputs"
-    )
+    axes.set(title=f"{cut:,} of {self.total:,} weights cut{left_out}", xticks=[], xlabel="inputs")
     figure.colorbar(image, label="share kept")
     return figure
 

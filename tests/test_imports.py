@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = {path.stem[3:]: path.stem[:2] for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
+ORDER = {path.stem.split("_", 1)[1]: path.stem.split("_", 1)[0] for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
 
 
 def imported(path):
