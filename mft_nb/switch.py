@@ -8,6 +8,7 @@ __all__ = ['MaskSwitch']
 # %% ../nbs/12_switch.ipynb #a84d2f61
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .bitmask import BitMask, check_same_shapes, load_mask
 from .mask import MASK_FILE, FixedMask, MaskedWeight
 
 # %% ../nbs/12_switch.ipynb #e6a1b7f4
-_PIECE = 2**19  # weights; with their places they fit in a processor's cache
+_PIECE = 3 * 2**16  # weights; with their places they fit in a processor's cache
 
 
 def _places(mask):
@@ -147,26 +148,43 @@ def use(
     weights = self._weights({weight: None for weight, _ in keys})
     self._warn_of_changes(weights)
     self._active = None  # until all pieces are done
-    with torch.no_grad():
-        for weight, piece in keys:
-            part = weights[weight].view(-1)[piece * _PIECE : (piece + 1) * _PIECE]
-            self._switch(part, (weight, piece), after.get((weight, piece)))
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            shares = [keys[start::threads] for start in range(threads)]
+            list(pool.map(lambda share: self._switch_pieces(share, weights, after), shares))
+    else:
+        self._switch_pieces(keys, weights, after)
     self._active = name
     self._versions = {weight: weights[weight]._version for weight, _ in after}
 
+# %% ../nbs/12_switch.ipynb #5e80b3d7
+@patch
+@torch.no_grad()
+def _switch_pieces(self: MaskSwitch, keys, weights, after):
+    "Switch pieces one after the other."
+    scratch = {}  # one buffer a device for places as torch wants them, 64 bits each
+    for key in keys:
+        weight = weights[key[0]]
+        if weight.device not in scratch:
+            scratch[weight.device] = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+        part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
+        self._switch(part, key, after.get(key), scratch[weight.device])
+
 
 @patch
-def _switch(self: MaskSwitch, part, key, places):
+def _switch(self: MaskSwitch, part, key, places, scratch):
     "Put back what is zeroed in a piece, then zero it at other places."
     if key in self._zeroed:
         before, values = self._zeroed[key]
-        if places is not None and torch.equal(before, places.to(before.device)):
+        if places is not None and torch.equal(before, places):
             return
-        part.scatter_(0, before.to(part.device, torch.int64), values.to(part))
+        part.scatter_(0, scratch[: len(before)].copy_(before), values.to(part))
     if places is None:
         del self._zeroed[key]
         return
-    where = places.to(part.device, torch.int64)
+    where = scratch[: len(places)].copy_(places)
     self._zeroed[key] = (places, part.index_select(0, where))
     part.scatter_(0, where, part.new_zeros(len(where)))
 
