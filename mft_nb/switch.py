@@ -20,7 +20,7 @@ from .bitmask import BitMask, check_same_shapes, load_mask
 from .mask import MASK_FILE, FixedMask, MaskedWeight
 
 # %% ../nbs/12_switch.ipynb #e6a1b7f4
-_PIECE = 3 * 2**16  # weights; with their places they fit in a processor's cache
+_PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
 
 
 def _places(mask):
@@ -178,7 +178,7 @@ def _switch(self: MaskSwitch, part, key, places, scratch):
     "Put back what is zeroed in a piece, then zero it at other places."
     if key in self._zeroed:
         before, values = self._zeroed[key]
-        if places is not None and torch.equal(before, places):
+        if places is not None and before.device == places.device and torch.equal(before, places):
             return
         part.scatter_(0, scratch[: len(before)].copy_(before), values.to(part))
     if places is None:
