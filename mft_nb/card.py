@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MaskResult', 'paired_result', 'record_result', 'mask_card', 'write_card', 'push_to_hub']
 
-# %% ../nbs/13_card.ipynb #f718ab39
+# %% ../nbs/13_card.ipynb #467951ec
 import json
 import re
 import shutil
@@ -18,13 +18,13 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_tok
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from .bitmask import SavedMask, load_mask
+from .bitmask import SavedMask, load_mask, mask_sha256
 from .data import file_sha256, write_whole
 from .mask import MASK_FILE
 from .results import p_text, read_predictions, read_record
 from .stats import PairedTest, mcnemar_exact, wilson
 
-# %% ../nbs/13_card.ipynb #dfec9cf4
+# %% ../nbs/13_card.ipynb #97215aaf
 @dataclass(frozen=True)
 class MaskResult:
     "What was measured with a mask and without it, on the same examples."
@@ -58,7 +58,7 @@ def paired_result(
     before, after = int(np.sum(right_before)), int(np.sum(right_after))
     return MaskResult(paired.n, after, before, paired)
 
-# %% ../nbs/13_card.ipynb #a7089d6e
+# %% ../nbs/13_card.ipynb #1d5f2b70
 def record_result(
     path: str | Path,  # the JSON of a masked run, its CSV and the unmasked run's files beside it
 ) -> MaskResult:  # with McNemar's exact test, and the hash of the mask
@@ -96,7 +96,7 @@ def _right(folder, record):
     rows = read_predictions(folder, record)
     return (rows.label == rows.prediction).to_numpy()
 
-# %% ../nbs/13_card.ipynb #b80d45f1
+# %% ../nbs/13_card.ipynb #6ba963ad
 def _check_repo(field, value):
     "Refuse what is not owner/name on the hub."
     if not isinstance(value, str) or value.count("/") != 1:
@@ -125,7 +125,7 @@ def _mask_file(mask):
     "The mask file, where its folder may be given instead."
     return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
 
-# %% ../nbs/13_card.ipynb #32bd9a1e
+# %% ../nbs/13_card.ipynb #0b174e64
 def _front_matter(repo_id, base_model, data, split, dataset, result, license, language):
     "What the hub reads."
     over = wilson(result.after, result.total)
@@ -153,7 +153,7 @@ def _front_matter(repo_id, base_model, data, split, dataset, result, license, la
         tags=["mask-fine-tuning"],
     )
 
-# %% ../nbs/13_card.ipynb #e603e383
+# %% ../nbs/13_card.ipynb #e3c2920f
 def _accuracy_row(label, correct, total):
     "One line of the table."
     over = wilson(correct, total)
@@ -185,7 +185,7 @@ def _difference_text(result):
     p = p if p.startswith("<") else f"= {p}"
     return f"The difference is {points:+.2f} points: {flips}; McNemar's exact test p {p}.{said}"
 
-# %% ../nbs/13_card.ipynb #f5c37f82
+# %% ../nbs/13_card.ipynb #ca5f0569
 _USE = """\
 ```python
 from huggingface_hub import hf_hub_download
@@ -207,7 +207,7 @@ _LIMITS = """\
   or a mask trained with another random seed, may come out differently.
 - Faults and biases of the base model stay, and its license goes on to apply to it."""
 
-# %% ../nbs/13_card.ipynb #77c6b8e3
+# %% ../nbs/13_card.ipynb #7521d0f7
 def _file_table(path, saved):
     "What the file says of itself."
     mask = saved.mask
@@ -238,7 +238,7 @@ def _page(path, saved, repo_id, base_model, data, split, result):
     ]
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/13_card.ipynb #9f313dd9
+# %% ../nbs/13_card.ipynb #4645ff84
 def mask_card(
     mask: str | Path,  # file, or its folder, that `MFT.save_pretrained` wrote
     repo_id: str,  # owner/name on the hub that the mask will have
@@ -266,17 +266,15 @@ def mask_card(
 
 def _check_measured(saved: SavedMask, result: MaskResult):
     "Refuse a record's result that another mask gave."
-    from mft_nb.experiment import describe_mask
-
     if not isinstance(result, MaskResult):
         raise TypeError(f"result is {result!r}; allowed is a MaskResult. See paired_result.")
-    if result.mask_sha256 and result.mask_sha256 != describe_mask(saved.mask)["sha256"]:
+    if result.mask_sha256 and result.mask_sha256 != mask_sha256(saved.mask):
         raise ValueError(
             "result is the record of another mask than this file holds. Give the record that was "
             "written with it, or measure this one."
         )
 
-# %% ../nbs/13_card.ipynb #ffed8e0f
+# %% ../nbs/13_card.ipynb #a0e4b8ac
 def write_card(
     card: ModelCard,  # from `mask_card`
     folder: str | Path,  # of the mask; made if missing
@@ -286,7 +284,7 @@ def write_card(
     write_whole(path, str(card))
     return path
 
-# %% ../nbs/13_card.ipynb #7a193692
+# %% ../nbs/13_card.ipynb #159431e1
 def push_to_hub(
     folder: str | Path,  # holds the mask; other files in it stay here
     repo_id: str,  # owner/name on the hub, as in the card; made if it does not exist
@@ -314,7 +312,7 @@ def push_to_hub(
             raise ConnectionError(_upload_failed(repo_id, error)) from error
     return str(address)
 
-# %% ../nbs/13_card.ipynb #1994d26f
+# %% ../nbs/13_card.ipynb #60bca88a
 def _check_upload(path, repo_id, card):
     "Refuse a card that does not belong to this mask and this repository."
     if not isinstance(card, ModelCard):

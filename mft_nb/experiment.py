@@ -7,8 +7,7 @@ __all__ = ['PROFILES', 'SWEEP', 'Profile', 'get_profile', 'Run', 'plan', 'find_m
            'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds', 'check_same_experiment', 'only_one',
            'run_missing']
 
-# %% ../nbs/09_experiment.ipynb #1fa3bdce
-import hashlib
+# %% ../nbs/09_experiment.ipynb #9bbc3b26
 import json
 import os
 import platform
@@ -35,8 +34,8 @@ from mft_nb.bitmask import (
     AppliedMask,
     BitMask,
     check_keep,
-    encode_mask,
     magnitude_mask,
+    mask_sha256,
     random_mask,
 )
 from .checkpoints import RUNGS, fine_tune_rungs, read_rung, rungs_done
@@ -215,20 +214,17 @@ def _train_mask(run, model, tokenizer, train_rows, validation, bar):
     mft.unload()
     return mask, {"settings": config.to_dict(), "curves": asdict(history)}
 
-# %% ../nbs/09_experiment.ipynb #8c9abb14
+# %% ../nbs/09_experiment.ipynb #ff195358
 def describe_mask(
     mask: BitMask,  # any mask
 ) -> dict:  # total, kept, density, density_by_tensor, sha256
     "What a record says about a mask."
-    digest = hashlib.sha256()
-    for name in sorted(mask):
-        digest.update(name.encode() + encode_mask(mask[name]))
     return {
         "total": mask.total,
         "kept": mask.kept,
         "density": mask.density,
         "density_by_tensor": mask.density_by_tensor(),
-        "sha256": digest.hexdigest(),
+        "sha256": mask_sha256(mask),
     }
 
 
@@ -444,7 +440,7 @@ def missing_seeds(
             seeds.append(seed)
     return seeds
 
-# %% ../nbs/09_experiment.ipynb #2d664d0a
+# %% ../nbs/09_experiment.ipynb #91e01552
 def check_same_experiment(
     profile: Profile,  # what is asked now
     place: Place,  # where records may lie
@@ -456,7 +452,8 @@ def check_same_experiment(
         other = record["where"]["data"]["sha256"] != data_sha256
         if record["asked"]["method"] == "fine_tuning":
             now = asdict(replace(profile.fine_tuning, seed=record["asked"]["seed"]))
-            other = other or record["asked"]["settings"] != now
+            then = record["asked"]["settings"]  # without the settings that came later
+            other = other or then != {name: now.get(name) for name in then}
         if other:
             raise ValueError(
                 f"{path} was made from other data or settings than are asked for now. Give another "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'HEAD_OUTPUTS', 'MASK_FILE', 'MODULES_FILE', 'MaskConfig', 'plain_state_dict', 'trained_state_dict', 'MFT']
 
-# %% ../nbs/06_mask.ipynb #7b74d4b2
+# %% ../nbs/06_mask.ipynb #b86569f4
 import hashlib
 import os
 import re
@@ -21,21 +21,30 @@ from torch.nn.utils import parametrize
 
 from mft_nb.bitmask import (
     BitMask,
+    check_base,
     check_keep,
     check_same_shapes,
     load_mask,
     save_mask,
+    warn_fully_cut,
     weights_sha256,
 )
-from .model import DEFAULT_EXCLUDE, check_pattern, layer_of, maskable_weights
+from mft_nb.model import (
+    DEFAULT_EXCLUDE,
+    check_maskable,
+    check_pattern,
+    layer_of,
+    maskable_weights,
+)
 from .scores import FixedMask, MaskedWeight, ScoreGroup, start_scores
 from .selection import check_mask_scope, check_schedule, head_units, n_of_m, neuron_units
 
-# %% ../nbs/06_mask.ipynb #64bab4da
+# %% ../nbs/06_mask.ipynb #f118377a
 _CHOICES = {
     "start": ("magnitude", "normal", "ones"),
     "ranking": ("signed", "absolute"),
     "l1_reduction": ("sum", "mean"),
+    "optimizer": ("adamw", "adafactor"),
 }
 _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
     "spread": (0, False),
@@ -52,12 +61,12 @@ _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
 _WHOLE = ("batch_size", "warmup_steps", "start_seed", "heads")
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save")
 
-# %% ../nbs/06_mask.ipynb #8de82559
+# %% ../nbs/06_mask.ipynb #0b92df00
 @dataclass(frozen=True)
 class MaskConfig:
     "What is masked, and how the scores start, are ranked and are trained."
 
-    layers: str | Iterable[int] = "middle"  # layer numbers, "middle" (third) or "all"
+    layers: str | Iterable[int] = "middle"  # numbers in each stack, "middle" (third) or "all"
     keep: float = 0.9  # share of the weights that stay, in (0, 1]
     target_modules: tuple[str, ...] = ()  # regular expressions for names; none: all linear weights
     exclude_modules: tuple[str, ...] = DEFAULT_EXCLUDE  # regular expressions for names left whole
@@ -71,7 +80,8 @@ class MaskConfig:
     l1: float = 0.0  # weight of the penalty on |scores|
     l1_reduction: str = "sum"  # of the penalty over the scores: "sum" or "mean"
     dropout: bool = False  # whether the frozen network's dropout stays on in training
-    learning_rate: float = 1e-3  # peak, for AdamW on the scores, weight decay 0
+    optimizer: str = "adamw"  # "adamw", or "adafactor" for less memory; weight decay 0
+    learning_rate: float = 1e-3  # peak
     epochs: float = 2.0  # passes over the training rows
     batch_size: int = 32  # rows an optimizer step
     warmup_steps: int = 0  # steps of linear warm-up, then linear decay to 0
@@ -310,7 +320,7 @@ def _competes_in(name, scope):
         return name[: re.search(rf"(^|\.){layer}\.", name).end()]
     return name
 
-# %% ../nbs/06_mask.ipynb #f2ef5944
+# %% ../nbs/06_mask.ipynb #8b0d6703
 class MFT:
     "Mask Fine-Tuning on a model: scores on frozen weights, and the mask that they make."
 
@@ -320,7 +330,8 @@ class MFT:
         config: MaskConfig | None = None,  # default `MaskConfig.recommended()`
     ):
         self.config = config or MaskConfig.recommended()
-        self._remember(model, _chosen_once(model, self.config))
+        _refuse_masked(model)
+        self._remember(model, list(_chosen(model, self.config)))
         generator = torch.Generator().manual_seed(self.config.start_seed)
         absolute = self.config.ranking == "absolute"
         groups = {}
@@ -352,15 +363,14 @@ class MFT:
     def __repr__(self):
         return f"MFT({type(self.model).__name__}, {self.bitmask()})"
 
-# %% ../nbs/06_mask.ipynb #03454c87
-def _chosen_once(model, config):
-    "The names of the weights to mask, on a model without a mask."
+# %% ../nbs/06_mask.ipynb #ff8a0fe7
+def _refuse_masked(model):
+    "Refuse a model that carries a mask already."
     if any(isinstance(module, (MaskedWeight, FixedMask)) for module in model.modules()):
         raise ValueError(
             "The model already carries a mask. Call merge_and_unload() or unload() on its "
             "MFT first."
         )
-    return list(_chosen(model, config))
 
 
 def _trained_along(model, patterns, masked):
@@ -512,7 +522,7 @@ def load_state_dict(
             )
     self.model.load_state_dict(state, strict=False)
 
-# %% ../nbs/06_mask.ipynb #3dd51961
+# %% ../nbs/06_mask.ipynb #2836a417
 @patch
 def _need_on(self: MFT):
     "Refuse to go on with a mask that is no longer on its model."
@@ -547,8 +557,22 @@ def _remove(self: MFT, leave):
 
 
 @patch
+def _warn_of_cut_neurons(self: MFT):
+    "Warn of neurons without any weight, unless whole units were asked for."
+    if self.config.scope not in ("neuron", "head"):
+        for axis in (0, 1):
+            part = {
+                n: m.mask for n, m in self._masked.items() if _is_transposed(self.model, n) == axis
+            }
+            if part:
+                warn_fully_cut(BitMask(part), axis)
+
+
+@patch
 def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Bake the mask in: cut weights are zero, all else is bit for bit the base."
+    self._need_on()
+    self._warn_of_cut_neurons()
     return self._remove(leave=True)
 
 
@@ -557,7 +581,7 @@ def unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Take the mask off: the base model, bit for bit."
     return self._remove(leave=False)
 
-# %% ../nbs/06_mask.ipynb #54e1c611
+# %% ../nbs/06_mask.ipynb #30fb6d15
 MASK_FILE = "mask.safetensors"
 MODULES_FILE = "modules.safetensors"
 
@@ -572,6 +596,7 @@ def save_pretrained(
     settings = self.config.to_dict()
     if self._along:
         settings["modules_sha256"] = self._save_modules(Path(folder))
+    self._warn_of_cut_neurons()
     mask, base = self.bitmask(), weights_sha256(self._weights)
     return save_mask(mask, Path(folder) / MASK_FILE, base, settings)
 
@@ -606,7 +631,7 @@ def _load_modules(path, digest):
         )
     return load_file(path)
 
-# %% ../nbs/06_mask.ipynb #be607d66
+# %% ../nbs/06_mask.ipynb #69a703be
 @patch(cls_method=True)
 def from_pretrained(
     cls: MFT,
@@ -622,16 +647,12 @@ def from_pretrained(
     modules = _load_modules(path.with_name(MODULES_FILE), digest) if digest else {}
     mft = cls.__new__(cls)
     mft.config = MaskConfig.from_dict(settings)
-    _chosen_once(model, mft.config)
+    _refuse_masked(model)
+    check_maskable(model, list(saved.mask))
     parameters = dict(model.named_parameters())
     check_same_shapes(saved.mask, parameters)
     mft._remember(model, list(saved.mask))
-    if weights_sha256(mft._weights) != saved.base_sha256:
-        raise ValueError(
-            f"{path} belongs to other base weights: the hash of this model's masked matrices "
-            "differs. "
-            "Load the checkpoint that the mask was trained on, in the same dtype."
-        )
+    check_base(mft._weights, saved.base_sha256, path)
     for name, mask in saved.mask.items():
         mft._masked[name] = FixedMask(mask, name)
     for name in mft._along:
@@ -645,7 +666,7 @@ def from_pretrained(
     mft._register()
     return mft
 
-# %% ../nbs/06_mask.ipynb #b5bc7c9f
+# %% ../nbs/06_mask.ipynb #5088ab55
 @patch
 def train_config(
     self: MFT,
@@ -656,6 +677,7 @@ def train_config(
     from mft_nb.train import TrainConfig
 
     names = (
+        "optimizer",
         "learning_rate",
         "epochs",
         "batch_size",
@@ -674,6 +696,7 @@ def fit(
     rows,  # datasets.Dataset with columns sentence, label
     seed: int = 0,  # order of the rows, and dropout
     max_steps: int = 0,  # optimizer steps; 0: as the config's epochs say
+    keep_activations: bool = False,  # whether to compute what lies below the masks only once
     **options,  # of `mft_nb.train.train`: validation, eval_every, folder, progress, ...
 ):  # a `mft_nb.train.History`; `measured` holds the share of mask bits changed, and the penalty
     "Train the scores on labelled sentences."
@@ -687,10 +710,27 @@ def fit(
     first = self.bitmask()
 
     def measure():
-        now = self.bitmask()
-        changed = sum(int((first[name] ^ now[name]).sum()) for name in first)
+        changed = (first ^ self.bitmask()).kept
         return {"changed": changed / first.total, "penalty": self.penalty().item()}
 
+    if keep_activations:
+        options["activations"] = self._keep_activations(tokenizer, rows, options)
     settings = self.train_config(seed, max_steps)
     options = {"measure": measure, "context": {"mask": self.config.to_dict()}} | options
     return train(self.model, tokenizer, rows, settings, **options)
+
+
+@patch
+def _keep_activations(self: MFT, tokenizer, rows, options):
+    "What the lowest masked layer takes as input for all rows, kept in a file."
+    from mft_nb.activations import keep_activations, lowest_layer
+
+    if self.config.dropout:
+        raise ValueError(
+            "keep_activations needs a network that does not change while the scores are trained, "
+            "but dropout is True. Give MaskConfig(dropout=False), or leave keep_activations out."
+        )
+    validation = options.get("validation")
+    sources = [rows] if validation is None else [rows, validation]
+    bar = {name: options[name] for name in ("progress", "position") if name in options}
+    return keep_activations(self.model, tokenizer, sources, lowest_layer(self._weights), **bar)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_number', 'TrainConfig', 'predict', 'accuracy', 'History', 'same_run', 'remove_folder', 'train']
 
-# %% ../nbs/03_train.ipynb #61f33cdb
+# %% ../nbs/03_train.ipynb #ebcafb51
 import hashlib
 import json
 import os
@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .bitmask import weights_sha256
 from .data import check_rows, tokenise, write_whole
 
-# %% ../nbs/03_train.ipynb #46a7e977
+# %% ../nbs/03_train.ipynb #4cce46f1
 def check_number(
     field: str,  # name in the message
     value: float,  # the value given
@@ -56,20 +56,23 @@ def check_number(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a model, or the scores of a mask, are trained with AdamW."
+    "How a model, or the scores of a mask, are trained."
 
+    optimizer: str = "adamw"  # "adamw", or "adafactor" for less memory
     learning_rate: float = 1e-4  # peak, above 0
     epochs: float = 1.0  # passes over the training rows, above 0
     max_steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 32  # rows a step
     warmup_steps: int = 0  # steps of linear warm-up, then linear decay to 0
     warmup_ratio: float = 0.0  # the same as a share of all steps, used where warmup_steps is 0
-    weight_decay: float = 0.0  # AdamW's
+    weight_decay: float = 0.0  # of the optimizer
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     max_length: int = 128  # tokens a sentence
     seed: int = 0  # order of the rows and dropout
 
     def __post_init__(self):
+        if self.optimizer not in ("adamw", "adafactor"):
+            raise ValueError(f"optimizer is {self.optimizer!r}; allowed are adamw, adafactor.")
         check_number("learning_rate", self.learning_rate, 0, above=True)
         check_number("epochs", self.epochs, 0, above=True)
         check_number("max_steps", self.max_steps, 0, whole=True)
@@ -102,7 +105,7 @@ class _EpochSampler(LengthGroupedSampler):
         order.sort(key=lambda index: len(batches[index]) < size)  # an unfull batch goes last
         return iter([row for index in order for row in batches[index]])
 
-# %% ../nbs/03_train.ipynb #68b858c3
+# %% ../nbs/03_train.ipynb #3327eb60
 def _arguments(folder, device, batch_size, **more):
     "TrainingArguments for the device that the model is on, with everything off that we do not use."
     return TrainingArguments(
@@ -231,7 +234,7 @@ class _Trainer(Trainer):
         if output_dir:
             (Path(output_dir) / "history.json").write_text(json.dumps(asdict(self.history)))
 
-# %% ../nbs/03_train.ipynb #e8c75e59
+# %% ../nbs/03_train.ipynb #6771e49c
 def same_run(
     folder: Path,  # of the run
     asked: dict,  # settings of the run, as plain values
@@ -274,7 +277,7 @@ def _last_whole_checkpoint(place):
             shutil.rmtree(path)
     return get_last_checkpoint(place) if place.is_dir() else None
 
-# %% ../nbs/03_train.ipynb #54e58abc
+# %% ../nbs/03_train.ipynb #3d8af540
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
     tokenizer,  # its tokenizer
@@ -377,6 +380,7 @@ def _train_arguments(place, device, config, row_count, save_every):
         lr_scheduler_type="linear",
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
+        **({"optim": "adafactor"} if config.optimizer == "adafactor" else {}),
         seed=config.seed,
         save_strategy="steps" if save_every else "no",
         save_steps=save_every or 500,

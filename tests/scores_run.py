@@ -1,4 +1,4 @@
-"""A training of scores that can be killed; `python -m tests.scores_run FOLDER slow|resume|whole`."""
+"""A training that can be killed; `python -m tests.scores_run FOLDER slow|resume|whole`."""
 
 import sys
 import time
