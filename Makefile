@@ -12,7 +12,7 @@ DATA ?=
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install parts reproduce figures test notebooks readme docs clean
+.PHONY: help install parts reproduce figures test notebooks bench readme docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ notebooks: parts ## run every notebook and save its outputs
 	$(BIN)/nbdev_export
 	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 	$(BIN)/nbdev_clean
+
+bench: parts ## measure what a step of MFT costs beside other ways; adds a record to results/bench/
+	$(BIN)/mft_bench $(if $(DATA),--data "$(DATA)")
 
 readme: install ## make README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

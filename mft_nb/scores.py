@@ -121,7 +121,7 @@ class ScoreGroup:
             names = ", ".join(member.name for member in self.members[:3])
             raise ValueError(f"The scores of {names}: {error}") from None
 
-# %% ../nbs/05b_scores.ipynb #523d9704
+# %% ../nbs/05b_scores.ipynb #f8e704b4
 class _Masked(nn.Module):
     "A mask and the masked copy of one weight."
 
@@ -142,6 +142,12 @@ class _Masked(nn.Module):
             return self._mask
         flat = np.unpackbits(self._bits, count=int(np.prod(self._shape))).view(bool)
         return torch.from_numpy(flat).view(self._shape)
+
+    @property
+    def extra_bytes(self) -> int:  # of the mask's bits and the masked copy
+        "Memory beside weight and scores."
+        held = (self._bits, self._mask, self._copy)
+        return sum(one.nbytes for one in held if one is not None)
 
     def put(self, mask):
         "Take a new mask."

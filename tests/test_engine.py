@@ -56,7 +56,7 @@ def train_steps(mft, steps=3, model=None, accumulate=1, context=None):
             size = 6 // accumulate
             rows = {k: v[part * size : (part + 1) * size] for k, v in inputs.items()}
             with context or torch.enable_grad():
-                loss = (model or mft.model)(**rows).loss / accumulate
+                loss = (mft.model if model is None else model)(**rows).loss / accumulate
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -309,14 +309,17 @@ def test_a_killed_run_resumes_to_the_identical_mask(tmp_path):
 
 
 def test_two_processes_end_with_the_same_mask(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    """Under torchrun: without MPI, `accelerate launch --cpu` starts one process only (1.15)."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="1")
     for count in (1, 2):
-        many = ["--num_processes", str(count), "--main_process_port", "0"]
         script = [str(ROOT / "tests" / "two_processes.py"), str(tmp_path), str(12 // count)]
-        environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
         done = subprocess.run(
-            [*launch, *many, *script], env=environment, capture_output=True, text=True, timeout=300
+            [*launch, str(count), *script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))

@@ -1,4 +1,4 @@
-"""Mask training under Accelerate; started by `accelerate launch` from test_engine.
+"""Mask training under Accelerate; started by torchrun from test_engine.
 
 Arguments: the folder for the masks, and the rows of a batch in each process.
 """
