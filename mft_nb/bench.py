@@ -35,7 +35,7 @@ from .model import load_classifier, maskable_weights
 from .scores import MaskedWeight, ScoreGroup
 from .train import _EpochSampler
 
-# %% ../nbs/14_bench.ipynb #fed659db
+# %% ../nbs/14_bench.ipynb #04a7f1c0
 @dataclass
 class Trainee:
     "One way of training, ready to take steps."
@@ -77,8 +77,10 @@ class _InEveryForward(nn.Module):
         flat = ranked.detach().flatten()
         cut = flat.numel() - self.kept
         if self.by_sort:
-            mask = torch.ones_like(flat)
-            mask[flat.sort().indices[:cut]] = 0
+            order = flat.sort().indices
+            mask = torch.empty_like(flat)
+            mask[order[:cut]] = 0
+            mask[order[cut:]] = 1
         else:
             mask = (flat > flat.kthvalue(cut).values).to(flat.dtype)
         mask = mask.view_as(weight)

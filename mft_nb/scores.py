@@ -121,7 +121,7 @@ class ScoreGroup:
             names = ", ".join(member.name for member in self.members[:3])
             raise ValueError(f"The scores of {names}: {error}") from None
 
-# %% ../nbs/05b_scores.ipynb #f8e704b4
+# %% ../nbs/05b_scores.ipynb #646f3718
 class _Masked(nn.Module):
     "A mask and the masked copy of one weight."
 
@@ -131,7 +131,7 @@ class _Masked(nn.Module):
         self._shape = tuple(shape)
         self._bits = None  # of a mask on the CPU, packed
         self._mask = None  # of a mask elsewhere
-        self._stale = None  # places whose mask changed since the copy was made
+        self._stale = None  # bytes of the bits that changed since the copy was made
         self._copy = None
         self._copy_of = None
 
@@ -157,10 +157,9 @@ class _Masked(nn.Module):
         bits = np.packbits(mask.numpy().reshape(-1))
         if self._bits is not None and self._copy is not None:
             changed = np.flatnonzero(bits != self._bits)
-            stale = (8 * changed[:, None] + np.arange(8)).reshape(-1)
             if self._stale is not None:
-                stale = np.concatenate([self._stale, stale])
-            self._stale = stale[stale < mask.numel()]
+                changed = np.union1d(self._stale, changed)
+            self._stale = changed
         self._bits, self._mask = bits, None
 
     @torch.compiler.disable
@@ -174,10 +173,11 @@ class _Masked(nn.Module):
             self._copy = torch.where(self.mask.to(weight.device), weight, 0)
             self._copy_of = key
         elif self._stale is not None and len(self._stale):
-            stale = torch.from_numpy(self._stale)
-            places = stale.to(weight.device)
-            bits = np.unpackbits(self._bits).view(bool)[self._stale]
-            kept = torch.from_numpy(bits).to(weight.device)
+            places = (8 * self._stale[:, None] + np.arange(8)).reshape(-1)
+            inside = places < weight.numel()
+            kept = np.unpackbits(self._bits[self._stale]).view(bool)[inside]
+            places = torch.from_numpy(places[inside]).to(weight.device)
+            kept = torch.from_numpy(kept).to(weight.device)
             self._copy.view(-1)[places] = torch.where(kept, weight.reshape(-1)[places], 0)
         self._stale = None
         return self._copy

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_number', 'TrainConfig', 'predict', 'accuracy', 'History', 'same_run', 'remove_folder', 'train']
 
-# %% ../nbs/03_train.ipynb #ebcafb51
+# %% ../nbs/03_train.ipynb #2ebda429
 import hashlib
 import json
 import os
@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from .bitmask import weights_sha256
@@ -84,7 +84,10 @@ class TrainConfig:
         check_number("max_length", self.max_length, 3, 512, whole=True)
         check_number("seed", self.seed, 0, whole=True)
 
-# %% ../nbs/03_train.ipynb #a14deff1
+# %% ../nbs/03_train.ipynb #24a38096
+_BATCHES_A_GROUP = 200  # rows are drawn, then sorted in groups of so many batches
+
+
 class _EpochSampler(LengthGroupedSampler):
     "Length-grouped batches whose order depends on the seed and the epoch only."
 
@@ -97,11 +100,12 @@ class _EpochSampler(LengthGroupedSampler):
         self.epoch = epoch
 
     def __iter__(self):
-        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        rows = list(super().__iter__())
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
         size = self.batch_size
+        group = min(len(self.lengths) // (4 * size), _BATCHES_A_GROUP) or 1
+        rows = get_length_grouped_indices(self.lengths, size, group, generator=generator)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        order = torch.randperm(len(batches), generator=self.generator).tolist()
+        order = torch.randperm(len(batches), generator=generator).tolist()
         order.sort(key=lambda index: len(batches[index]) < size)  # an unfull batch goes last
         return iter([row for index in order for row in batches[index]])
 

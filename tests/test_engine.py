@@ -311,7 +311,8 @@ def test_a_killed_run_resumes_to_the_identical_mask(tmp_path):
 def test_two_processes_end_with_the_same_mask(tmp_path):
     """Under torchrun: without MPI, `accelerate launch --cpu` starts one process only (1.15)."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="1")
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = os.environ | settings
     for count in (1, 2):
         script = [str(ROOT / "tests" / "two_processes.py"), str(tmp_path), str(12 // count)]
         done = subprocess.run(
