@@ -1,0 +1,41 @@
+"""The benchmark, whole, on a small model."""
+
+import json
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from mft_nb import bench
+from mft_nb.bench import MODELS, bench_model, figures, mft_bench
+
+
+def tiny():
+    """Three layers of 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT reads a name that changed
+def test_a_model_is_measured_whole(monkeypatch):
+    monkeypatch.setitem(MODELS, "minilm", tiny)
+    found = bench_model("minilm", rounds=1, progress=False)
+    assert set(found["seconds"]) == set(bench.WAYS)
+    assert 0 < found["share_of_peak"] < 2
+    assert 0 < sum(one["share"] for one in found["profile"]) <= 1
+    rows = figures({"happened": {"models": {"bert_base": found}}})
+    memory = {row["figure"]: row["ratio"] for row in rows if row["figure"].startswith("memory")}
+    assert 0 < memory["memory: ours, adafactor / full"] < memory["memory: ours / full"]
+    assert {row["met"] for row in rows if row["limit"]} <= {True, False}
+
+
+def test_an_unknown_model_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="models holds 'big'; known are minilm"):
+        mft_bench(out=tmp_path, models="big")
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_records_say_what_was_asked():
+    for path in bench.Path(__file__).parents[1].glob("results/bench/*.json"):
+        record = json.loads(path.read_text())
+        assert set(record) == {"asked", "happened", "where"}
+        assert figures(record)
