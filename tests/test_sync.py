@@ -43,4 +43,6 @@ def test_notebook_is_clean(path):
         source = "".join(cell["source"])
         assert not re.search(r"#\s*\|\s*eval:\s*false", source), source
         assert not any(output["output_type"] == "error" for output in cell.get("outputs", []))
+    opening = "".join(notebook["cells"][0]["source"])
+    assert re.fullmatch(r"# [^#\n]+\n+> [^\n]+", opening), "nbdev drops the rest of this cell"
     assert "metadata" not in notebook or set(notebook["metadata"]) <= {"kernelspec"}
