@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .bitmask import weights_sha256
 from .data import cache_folder, tokenise
-from .model import layer_of
+from .model import layer_name, layer_of
 
 # %% ../nbs/03b_activations.ipynb #5a1ad3f3
 def lowest_layer(
@@ -38,8 +38,8 @@ def lowest_layer(
     for name in names:
         index = layer_of(name)
         if index is not None:
-            parts = name.split(".")
-            found.setdefault(".".join(parts[: parts.index(str(index))]), []).append(index)
+            layer = layer_name(name)
+            found.setdefault(layer.removesuffix(str(index)).rstrip("._"), []).append(index)
     if len(found) != 1:
         raise ValueError(
             f"The weights lie in {len(found)} lists of layers ({', '.join(found) or 'none'}); "

@@ -588,11 +588,16 @@ def mft_bench(
     for name in chosen:
         if name not in MODELS:
             raise SystemExit(f"models holds {name!r}; known are {', '.join(MODELS)}.")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise SystemExit(f"device is {device!r}; allowed is cpu, or cuda where torch finds a GPU.")
+    try:
+        rows = load_data("sst2", data)["train"] if data else load_data("snippets")["train"]
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     bench = Bench(models=chosen, device=device)
     happened = {"models": {}}
     for name in chosen:
         happened["models"][name] = bench_model(name, bench.rounds[name], device)
-    rows = load_data("sst2", data)["train"] if data else load_data("snippets")["train"]
     lengths = tokenise(rows, load_classifier("minilm")[1])["length"][:]
     share = padding_share(list(lengths))
     happened["padding"] = {"data": "sst2" if data else "snippets", "share": share}

@@ -735,6 +735,8 @@ def picture(
     "The share kept in each part of each matrix, as a heat-map."
     from matplotlib.figure import Figure
 
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"most is {most!r}; allowed is a whole number from 1.")
     names = list(self)[:most]
     gap = torch.full((1, _STRIP[1]), torch.nan)
     strips = torch.cat([torch.cat([_strip(self[name]), gap]) for name in names])[:-1]

@@ -185,6 +185,11 @@ def read_table(
     options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", **options)
+        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much as an index
+            raise pd.errors.ParserError(
+                "its rows have more fields than the header. Put sentences that hold the separator "
+                "in double quotes."
+            )
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read as a UTF-8 table with a header line: {error}"

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from mft_nb.bitmask import (
     check_base,
     check_keep,
     check_same_shapes,
+    kept_count,
     load_mask,
     save_mask,
     warn_fully_cut,
@@ -33,7 +35,7 @@ from mft_nb.model import (
     DEFAULT_EXCLUDE,
     check_maskable,
     check_pattern,
-    layer_of,
+    layer_name,
     maskable_weights,
 )
 from .scores import FixedMask, MaskedWeight, ScoreGroup, start_scores
@@ -52,13 +54,14 @@ _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
     "learning_rate": (0, False),
     "epochs": (0, False),
     "batch_size": (1, True),
+    "max_length": (3, True),
     "warmup_steps": (0, True),
     "warmup_ratio": (0, True),
     "max_grad_norm": (0, True),
     "start_seed": (0, True),
     "heads": (0, True),
 }
-_WHOLE = ("batch_size", "warmup_steps", "start_seed", "heads")
+_WHOLE = ("batch_size", "max_length", "warmup_steps", "start_seed", "heads")
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save")
 
 # %% ../nbs/06_mask.ipynb #0b92df00
@@ -84,6 +87,7 @@ class MaskConfig:
     learning_rate: float = 1e-3  # peak
     epochs: float = 2.0  # passes over the training rows
     batch_size: int = 32  # rows an optimizer step
+    max_length: int = 128  # tokens a sentence; what is longer is cut off
     warmup_steps: int = 0  # steps of linear warm-up, then linear decay to 0
     warmup_ratio: float = 0.0  # the same as a share of all steps, where warmup_steps is 0
     max_grad_norm: float = 0.0  # gradient clipping; 0: none
@@ -91,14 +95,15 @@ class MaskConfig:
 
     def __post_init__(self):
         for name in _PATTERNS:
-            if isinstance(getattr(self, name), str):
+            if isinstance(getattr(self, name), str | None):
                 raise TypeError(
-                    f"{name} is one string, {getattr(self, name)!r}; give a list of them."
+                    f"{name} is {getattr(self, name)!r}; give a list of regular expressions."
                 )
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.layers, int):
+        if isinstance(self.layers, int | None):
             raise TypeError(
-                f"layers is {self.layers}; give layer numbers as a list: [{self.layers}]."
+                f"layers is {self.layers}; give layer numbers as a list such as [4, 5], 'middle' "
+                "or 'all'."
             )
         if not isinstance(self.dropout, bool):
             raise TypeError(f"dropout is {self.dropout!r}; allowed are True and False.")
@@ -304,6 +309,11 @@ def _units(model, name, shape, config):
         return neuron_units(shape, _is_transposed(model, name))
     if config.scope != "head":
         return None
+    if not config.heads and not re.search(HEAD_OUTPUTS, name):
+        raise ValueError(
+            f"{name} does not look like an attention's output projection, so scope 'head' cannot "
+            "tell its heads. Choose those by target_modules, or give heads, the number of blocks."
+        )
     heads = config.heads or getattr(getattr(model, "config", None), "num_attention_heads", 0)
     try:
         return head_units(shape, heads, _is_transposed(model, name))
@@ -315,9 +325,8 @@ def _competes_in(name, scope):
     "A key that weights share if their scores compete."
     if scope == "global":
         return ""
-    layer = layer_of(name)
-    if scope == "layer" and layer is not None:
-        return name[: re.search(rf"(^|\.){layer}\.", name).end()]
+    if scope == "layer":
+        return layer_name(name) or name
     return name
 
 # %% ../nbs/06_mask.ipynb #8b0d6703
@@ -329,6 +338,10 @@ class MFT:
         model: nn.Module,  # changed in place
         config: MaskConfig | None = None,  # default `MaskConfig.recommended()`
     ):
+        if not isinstance(config, MaskConfig | None):
+            raise TypeError(
+                f"config is {config!r}; allowed is a MaskConfig, such as MaskConfig(keep=0.8)."
+            )
         self.config = config or MaskConfig.recommended()
         _refuse_masked(model)
         self._remember(model, list(_chosen(model, self.config)))
@@ -347,6 +360,7 @@ class MFT:
             self._masked[name] = MaskedWeight(scores, groups[key], name, units, dim)
         for group in groups.values():
             group.refresh()
+        self._check_some_unit_is_cut()
         self._register()
 
     @property
@@ -365,7 +379,17 @@ class MFT:
 
 # %% ../nbs/06_mask.ipynb #ff8a0fe7
 def _refuse_masked(model):
-    "Refuse a model that carries a mask already."
+    "Refuse what is no model, and a model that carries a mask already."
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; allowed is a torch.nn.Module. Load it first, for "
+            "example with mft_nb.model.load_classifier."
+        )
+    if getattr(model, "mask_in_force", None) is not None:
+        raise ValueError(
+            f"The mask {model.mask_in_force!r} of a MaskSwitch is in force on the model, so its "
+            "weights are not the base. Call use(None) on the switch first."
+        )
     if any(isinstance(module, (MaskedWeight, FixedMask)) for module in model.modules()):
         raise ValueError(
             "The model already carries a mask. Call merge_and_unload() or unload() on its "
@@ -413,6 +437,18 @@ def _remember(self: MFT, model, chosen):
     self._on = True
     self._hook = None
     self._dropped = []
+
+
+@patch
+def _check_some_unit_is_cut(self: MFT):
+    "Refuse a share that rounds to all units: nothing would ever be cut."
+    for name, masked in self._masked.items():
+        count = masked.scores.numel()
+        if masked.units and self.config.keep < 1 and kept_count(count, self.config.keep) == count:
+            raise ValueError(
+                f"keep is {self.config.keep}, which keeps all {count} units of {name}. Give "
+                f"{1 - 1 / count:g} or less."
+            )
 
 
 @patch
@@ -532,6 +568,13 @@ def _need_on(self: MFT):
         )
 
 
+def _give_own_class(module):
+    "A class for this module alone; torch takes `weight` off the class, which copies share."
+    shared = type(module)
+    own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
+
+
 @patch
 def _remove(self: MFT, leave):
     "Take the parametrizations off, leaving the masked weights or the base."
@@ -540,6 +583,7 @@ def _remove(self: MFT, leave):
     parameters = dict(self.model.named_parameters())
     for name in self._masked:
         module = self.model.get_submodule(name.rpartition(".")[0])
+        _give_own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=leave)
         for own in self._order[name]:  # torch puts the weight last; the model had its own order
             module._parameters[own] = module._parameters.pop(own)
@@ -558,7 +602,15 @@ def _remove(self: MFT, leave):
 
 @patch
 def _warn_of_cut_neurons(self: MFT):
-    "Warn of neurons without any weight, unless whole units were asked for."
+    "Warn of a share not reached, and of neurons without any weight if single weights are cut."
+    last = self.config.schedule[-1][0] if self.config.schedule else 0
+    scheduled = [masked for masked in self._masked.values() if hasattr(masked, "steps")]
+    if any(int(masked.steps) < last for masked in scheduled):
+        warnings.warn(
+            f"The schedule of keep ends at step {last}, and training has not come that far: the "
+            f"mask keeps {self.bitmask().density:.4f} of the weights, not {self.config.keep}.",
+            stacklevel=3,
+        )
     if self.config.scope not in ("neuron", "head"):
         for axis in (0, 1):
             part = {
@@ -681,6 +733,7 @@ def train_config(
         "learning_rate",
         "epochs",
         "batch_size",
+        "max_length",
         "warmup_steps",
         "warmup_ratio",
         "max_grad_norm",
@@ -713,6 +766,14 @@ def fit(
         changed = (first ^ self.bitmask()).kept
         return {"changed": changed / first.total, "penalty": self.penalty().item()}
 
+    steps = max_steps or max(1, round(len(rows) / self.config.batch_size * self.config.epochs))
+    if self.config.schedule and self.config.schedule[-1][0] > steps:
+        raise ValueError(
+            f"schedule ends at step {self.config.schedule[-1][0]}, but the training has {steps} "
+            "steps, so keep would not be reached. End it earlier, or train longer."
+        )
+    if options.get("validation") is not None:
+        options.setdefault("eval_every", max(1, -(-steps // 4)))
     if keep_activations:
         options["activations"] = self._keep_activations(tokenizer, rows, options)
     settings = self.train_config(seed, max_steps)
@@ -733,4 +794,7 @@ def _keep_activations(self: MFT, tokenizer, rows, options):
     validation = options.get("validation")
     sources = [rows] if validation is None else [rows, validation]
     bar = {name: options[name] for name in ("progress", "position") if name in options}
-    return keep_activations(self.model, tokenizer, sources, lowest_layer(self._weights), **bar)
+    layer = lowest_layer(self._weights)
+    return keep_activations(
+        self.model, tokenizer, sources, layer, max_length=self.config.max_length, **bar
+    )

@@ -157,6 +157,7 @@ def use(
     else:
         self._switch_pieces(keys, weights, after)
     self._active = name
+    self.model.mask_in_force = name  # MFT refuses the model as long as there is one
     self._versions = {weight: weights[weight]._version for weight, _ in after}
 
 # %% ../nbs/12_switch.ipynb #5e80b3d7

@@ -258,6 +258,15 @@ def same_run(
     write_whole(path, json.dumps(asked))
 
 # %% ../nbs/03_train.ipynb #1f8601f0
+def _check_own(folder):
+    "Refuse a folder that holds something else than a run of ours: it is removed in the end."
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "asked.json").exists():
+        raise ValueError(
+            f"folder is {str(folder)!r}, which holds other files. It keeps checkpoints while the "
+            "training runs and is removed in the end, so name a new or empty one."
+        )
+
+
 def remove_folder(
     folder: str | Path,  # gone at once for others, whatever it holds
 ) -> None:
@@ -290,7 +299,7 @@ def train(
     validation: Dataset | None = None,  # columns sentence, label; measured on the way
     eval_every: int = 0,  # steps between two measurements, the start included; 0: none
     measure: Callable[[], dict] | None = None,  # called at the same steps, kept in the history
-    folder: str | Path | None = None,  # keeps checkpoints to resume from; removed when done
+    folder: str | Path | None = None,  # new or empty; keeps checkpoints, removed when done
     save_every: int = 0,  # steps between two checkpoints; 0: none
     callbacks: tuple[TrainerCallback, ...] = (),  # more callbacks
     context: dict | None = None,  # further settings that a resumed run must share, plain values
@@ -307,6 +316,7 @@ def train(
     tokens = tokenise(rows, tokenizer, config.max_length)
     look_activations = _look_activations(activations, tokens, validation, tokenizer, config)
     if folder:
+        _check_own(Path(folder))
         digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
         model_digest = weights_sha256(dict(model.named_parameters()))
         asked = asdict(config) | {"rows": digest.hexdigest(), "model": model_digest}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import cli
 from mft_nb.data import load_snippets
@@ -53,6 +54,12 @@ def files(tmp_path_factory):
     (folder / "column.csv").write_text("text,label\ngood,1\n")
     (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
     (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (folder / "commas.csv").write_text("sentence,label\ngood, really,1\nbad, bad,0\n")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    three = BertConfig(num_hidden_layers=3, num_labels=3, **sizes)
+    for name in ("three", "mute"):
+        BertForSequenceClassification(three).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "three")
     (folder / "damaged").mkdir()
     for path in (folder / "model").iterdir():
         (folder / "damaged" / path.name).write_bytes(path.read_bytes()[:1000])
@@ -113,6 +120,9 @@ BAD_FITS = [
     ({"model": "{files}/damaged"}, "No model could be loaded"),
     ({"model": "minilm"}, "minilm has no two-class classifier head"),
     ({"model": "{files}/half"}, "No model could be loaded"),
+    ({"model": "{files}/three"}, "tells 3 classes apart"),
+    ({"model": "{files}/mute"}, "holds no tokenizer"),
+    ({"data": "{files}/commas.csv"}, "more fields than the header"),
     ({"keep": 0.0}, "keep is 0.0; allowed is above 0 and at most 1"),
     ({"keep": 1.5}, "keep is 1.5; allowed is above 0 and at most 1"),
     ({"layers": "6"}, "layers holds 6, but the model's layers are 0 to 5"),

@@ -88,6 +88,17 @@ def test_a_deep_copy_goes_its_own_way(trained):
     assert torch.equal(model(**batch()).logits, trained.model(**batch()).logits)
 
 
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
+def test_a_copy_lives_on_when_the_other_is_unwrapped(leave):
+    mft = MFT(tiny_bert(), CONFIG)
+    twin = copy.deepcopy(mft)
+    logits = mft.model(**batch()).logits
+    getattr(mft, leave)()
+    assert torch.equal(twin.model(**batch()).logits, logits)
+    base = twin.unload().state_dict()
+    assert all(torch.equal(base[name], t) for name, t in tiny_bert().state_dict().items())
+
+
 def test_save_pretrained_writes_a_plain_model_with_masked_weights(trained, tmp_path):
     trained.model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
@@ -196,6 +207,13 @@ def test_schedule_closes_in_on_keep():
     resumed = MFT(tiny_bert(), config)
     resumed.load_state_dict(mft.state_dict())
     assert resumed.bitmask() == mft.bitmask()
+
+
+def test_a_schedule_that_was_not_reached_is_warned_of(tmp_path):
+    mft = MFT(tiny_bert(), MaskConfig(layers="all", keep=0.5, schedule=[(0, 1.0), (300, 0.5)]))
+    train_steps(mft, 1)
+    with pytest.warns(UserWarning, match="not come that far"):
+        mft.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "2:4", "neuron", "head"])
@@ -368,3 +386,28 @@ def test_a_mask_is_refused_where_two_places_share_a_weight(tmp_path):
     MFT(apart, MaskConfig(layers=[0], keep=0.5)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="one tensor with '2.weight'"):
         MFT.from_pretrained(nn.Sequential(shared, nn.Tanh(), shared), tmp_path)
+
+
+def test_a_model_under_a_switch_is_refused():
+    from mft_nb.switch import MaskSwitch
+
+    model = tiny_bert()
+    mft = MFT(model, CONFIG)
+    mask = mft.bitmask()
+    mft.unload()
+    switch = MaskSwitch(model)
+    switch.add("one", mask)
+    switch.use("one")
+    with pytest.raises(ValueError, match="Call use.None. on the switch first"):
+        MFT(model, CONFIG)
+    switch.use(None)
+    assert MFT(model, CONFIG).bitmask() == mask
+
+
+def test_layers_named_by_a_word_compete_as_layers():
+    blocks = {f"layer_{i}": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for i in range(3)}
+    mft = MFT(nn.ModuleDict(blocks), MaskConfig(layers="all", scope="layer", keep=0.5))
+    cut = {}
+    for name, mask in mft.bitmask().items():
+        cut[name.split(".")[0]] = cut.get(name.split(".")[0], 0) + int((~mask).sum())
+    assert cut == {"layer_0": 16, "layer_1": 16, "layer_2": 16}

@@ -49,3 +49,12 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(tmp_path):
         fit(folder=folder, save_every=3, callbacks=(Crash(),))
     with pytest.raises(ValueError, match="holds an unfinished run with other mask"):
         fit(replace(CONFIG, keep=0.5), folder=folder, save_every=3)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    model, tokenizer = load_classifier("minilm")
+    rows = load_snippets()["train"].select(range(8))
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="which holds other files"):
+        MFT(model).fit(tokenizer, rows, max_steps=1, folder=tmp_path, progress=False)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
