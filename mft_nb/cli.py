@@ -154,7 +154,7 @@ def mft_reproduce(
 def _newer(figures, records):
     "Whether figures were drawn after the last record was written."
     drawn = [path.stat().st_mtime for path in figures.glob("*.svg")]
-    written = [path.stat().st_mtime for path in records.glob("*/*.json")]
+    written = [path.stat().st_mtime for path in records.glob("*/seed*.json")]
     return bool(drawn) and min(drawn) > max(written)
 
 # %% ../nbs/11_cli.ipynb #a0615702

@@ -589,7 +589,7 @@ def draw_all(
     figures: str | Path,  # gets PROFILE_FIGURE.png and .svg
 ) -> list[Path]:  # what was written; FileNotFoundError if there are no records at all
     "Draw every figure whose records are there, and say which are not."
-    profiles = sorted({path.parent for path in Path(results).glob("*/*.json")})
+    profiles = sorted({path.parent for path in Path(results).glob("*/seed*.json")})
     if not profiles:
         raise FileNotFoundError(f"No records in {results}. `make reproduce` makes them.")
     written = []

@@ -54,3 +54,13 @@ def test_the_plan_makes_what_the_figures_need():
     planned = {run.name for run in plan("embedded")}
     for stem in plots.GRADIENT_SWEEP + plots.KEEP_SWEEP:
         assert f"seed0-{stem}" in planned
+
+
+def test_published_figures_are_those_of_the_records(tmp_path):
+    drawn = {path.name for path in plots.draw_all(ROOT / "results", tmp_path)}
+    published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
+    assert drawn == published - {"front_page_0.png"}
+    for name in drawn:
+        if name.endswith(".svg"):
+            fresh = (tmp_path / name).read_text()
+            assert fresh.count("<path") == (ROOT / "figures" / name).read_text().count("<path")
