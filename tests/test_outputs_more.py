@@ -1,0 +1,13 @@
+"""The outputs in the notebooks are those of a fresh run from top to bottom.
+
+The notebooks that test_outputs leaves out.
+"""
+
+import pytest
+
+from tests.outputs import NOTEBOOKS, check_outputs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1::2], ids=lambda path: path.stem)
+def test_outputs_equal_a_fresh_run(path):
+    check_outputs(path)
