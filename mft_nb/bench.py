@@ -119,7 +119,7 @@ def _way_in_every_forward(by_sort):
 
     return make
 
-
+# %% ../nbs/14_bench.ipynb #e77a43-1
 def _way_lora(model, config):
     from peft import LoraConfig, get_peft_model
 
@@ -166,7 +166,7 @@ def bert_base_shape(
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(num_hidden_layers=layers))
 
-
+# %% ../nbs/14_bench.ipynb #e77d27-1
 def minilm() -> nn.Module:  # MiniLM-L6 with a new head
     "The embedded model."
     return load_classifier("minilm")[0]
@@ -202,7 +202,7 @@ def random_rows(
         for _ in range(count)
     ]
 
-
+# %% ../nbs/14_bench.ipynb #e77d27-2
 def make_batches(
     rows: list[dict],  # from `random_rows`
     size: int = 32,  # rows a batch
@@ -248,7 +248,7 @@ def prepare(
         ready[way] = trainee
     return ready
 
-
+# %% ../nbs/14_bench.ipynb #f9e056-1
 def interleave(
     steps: dict[str, Callable[[int], None]],  # what to time, by name; gets the round's number
     rounds: int,  # timed rounds, after an untimed one
@@ -364,7 +364,7 @@ def matmul_peak(
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
 
-
+# %% ../nbs/14_bench.ipynb #024cff-1
 def step_flops(
     trainee: Trainee,  # prepared
     batch: dict,  # one batch
@@ -392,7 +392,7 @@ def profile_step(
     events.sort(key=lambda event: -event[1])
     return [{"operation": name, "share": seconds / total} for name, seconds in events[:most]]
 
-
+# %% ../nbs/14_bench.ipynb #024cff-2
 def padding_share(
     lengths: list[int],  # tokens of each training row
     batch_size: int = 32,  # rows a batch
@@ -447,7 +447,7 @@ def bench_model(
             found["bytes"]["ours, adafactor"] = _adafactor_bytes(ours, batches[0])
     return found
 
-
+# %% ../nbs/14_bench.ipynb #4619bb-1
 def _adafactor_bytes(trainee, batch):
     "The memory of our way with the optimizer that keeps sums of rows and columns."
     from transformers import Adafactor
@@ -548,7 +548,7 @@ def ratio_figure(
     plt.close(figure)
     return figure
 
-
+# %% ../nbs/14_bench.ipynb #10cc17-1
 def cost_figure(
     record: dict,  # of a run on a CPU
 ) -> Figure:  # seconds against number of scores, log-log

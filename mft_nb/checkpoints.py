@@ -169,7 +169,7 @@ def fine_tune_rungs(
         _finish(folder, history, climb.looks, config)
     return {name: read_rung(folder / name) for name in RUNGS}
 
-
+# %% ../nbs/04_checkpoints.ipynb #e634db-1
 def _rung(name, validation, step):
     "What is noted beside a rung; `near` and `best` are candidates for 75 and 90."
     name = {"near": "75", "best": "90"}.get(name, name)

@@ -269,7 +269,7 @@ def mft_fit(
     print(_describe(before, after, held.with_format("numpy")["label"][:]))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
 
-
+# %% ../nbs/11_cli.ipynb #4f22ff-1
 def _write_history(path, history):
     "The curves of a training, whole or not at all."
     from mft_nb.data import write_whole
@@ -318,7 +318,7 @@ def mft_apply(
         _save_model(mft.merge_and_unload(), tokenizer, Path(out))
         print(f"masked model in {out}")
 
-
+# %% ../nbs/11_cli.ipynb #c8cb28-1
 def _save_model(model, tokenizer, folder):
     "A plain model folder, whole or not at all."
     folder.parent.mkdir(parents=True, exist_ok=True)

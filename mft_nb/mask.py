@@ -396,7 +396,7 @@ def _refuse_masked(model):
             "MFT first."
         )
 
-
+# %% ../nbs/06_mask.ipynb #ff8a0f-1
 def _trained_along(model, patterns, masked):
     "Names of the parameters of all modules that match a pattern."
     found = {}
@@ -419,7 +419,7 @@ def _trained_along(model, patterns, masked):
             )
     return list(found)
 
-
+# %% ../nbs/06_mask.ipynb #ff8a0f-2
 @patch
 def _remember(self: MFT, model, chosen):
     "Check the model's weights and remember its state."
@@ -438,7 +438,7 @@ def _remember(self: MFT, model, chosen):
     self._hook = None
     self._dropped = []
 
-
+# %% ../nbs/06_mask.ipynb #ff8a0f-3
 @patch
 def _check_some_unit_is_cut(self: MFT):
     "Refuse a share that rounds to all units: nothing would ever be cut."
@@ -599,7 +599,7 @@ def _remove(self: MFT, leave):
         self._hook.remove()
     return self.model
 
-
+# %% ../nbs/06_mask.ipynb #2836a4-1
 @patch
 def _warn_of_cut_neurons(self: MFT):
     "Warn of a share not reached, and of neurons without any weight if single weights are cut."
@@ -619,7 +619,7 @@ def _warn_of_cut_neurons(self: MFT):
             if part:
                 warn_fully_cut(BitMask(part), axis)
 
-
+# %% ../nbs/06_mask.ipynb #2836a4-2
 @patch
 def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Bake the mask in: cut weights are zero, all else is bit for bit the base."
@@ -741,7 +741,7 @@ def train_config(
     chosen = {name: getattr(self.config, name) for name in names}
     return TrainConfig(**chosen, seed=seed, max_steps=max_steps)
 
-
+# %% ../nbs/06_mask.ipynb #5088ab-1
 @patch
 def fit(
     self: MFT,
@@ -780,7 +780,7 @@ def fit(
     options = {"measure": measure, "context": {"mask": self.config.to_dict()}} | options
     return train(self.model, tokenizer, rows, settings, **options)
 
-
+# %% ../nbs/06_mask.ipynb #5088ab-2
 @patch
 def _keep_activations(self: MFT, tokenizer, rows, options):
     "What the lowest masked layer takes as input for all rows, kept in a file."

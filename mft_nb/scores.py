@@ -225,7 +225,7 @@ class MaskedWeight(_Masked):
                 self.scores.grad = gradient.to(self.scores.device, before.dtype)
         return self
 
-
+# %% ../nbs/05b_scores.ipynb #4cba78-1
 class FixedMask(_Masked):
     "The parametrization of one weight by a mask that was loaded: nothing to train."
 

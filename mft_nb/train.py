@@ -135,7 +135,7 @@ def _same_random_state():
     finally:
         torch.set_rng_state(state)
 
-
+# %% ../nbs/03_train.ipynb #3327eb-1
 def _with_activations(model, collator, activations):
     "The collator and the context for a model that uses kept activations, or none."
     if activations is None:
@@ -167,7 +167,7 @@ def predict(
     restored[order] = logits
     return restored
 
-
+# %% ../nbs/03_train.ipynb #3327eb-2
 def accuracy(
     logits: np.ndarray,  # (rows, classes)
     labels: list[int],  # (rows,)
@@ -362,7 +362,7 @@ def train(
     model.eval()
     return history
 
-
+# %% ../nbs/03_train.ipynb #3d8af5-1
 def _look_activations(activations, tokens, validation, tokenizer, config):
     "Kept activations for the validation, if it is kept; ValueError if the training rows are not."
     if activations is None:
