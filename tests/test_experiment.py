@@ -16,9 +16,9 @@ from tests.tiny import PROFILE, RUNS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(out):
+def start(out, engine="processes"):
     """The tiny experiment in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "tests.tiny", str(out)], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-m", "tests.tiny", str(out), engine], cwd=ROOT)
 
 
 def lasting(record):
@@ -66,6 +66,18 @@ def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
     one = read_records(Place(str(whole)).records("tiny"))
     two = read_records(Place(str(killed)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]
+
+
+def test_a_ray_cluster_of_two_workers_makes_the_same_records(whole, tmp_path):
+    assert start(tmp_path, "ray").wait() == 0
+    one = read_records(Place(str(whole)).records("tiny"))
+    two = read_records(Place(str(tmp_path)).records("tiny"))
+    assert [lasting(record) for record in one] == [lasting(record) for record in two]
+
+
+def test_an_unknown_engine_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="engine is 'slurm'; allowed are processes, ray"):
+        run_missing(RUNS, Place(str(tmp_path)), profile=PROFILE, engine="slurm")
 
 
 def test_nothing_half_written_stays(killed):

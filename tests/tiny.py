@@ -1,4 +1,4 @@
-"""An experiment small enough for a test; `python -m tests.tiny OUT` runs it."""
+"""An experiment small enough for a test; `python -m tests.tiny OUT [ENGINE]` runs it."""
 
 import sys
 
@@ -28,4 +28,5 @@ RUNS = [
 ]
 
 if __name__ == "__main__":
-    print(run_missing(RUNS, Place(sys.argv[1]), jobs=2, profile=PROFILE))
+    engine = sys.argv[2] if len(sys.argv) > 2 else "processes"
+    print(run_missing(RUNS, Place(sys.argv[1]), jobs=2, profile=PROFILE, engine=engine))
