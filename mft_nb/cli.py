@@ -212,6 +212,39 @@ def _describe(
     second = wilson(int(right_after.sum()), len(labels))
     return f"before: {first}\nafter:  {second}\npaired: {mcnemar_exact(right_before, right_after)}"
 
+# %% ../nbs/11_cli.ipynb #5e0c41-1
+def _check_out(folder, overwrite):
+    "Refuse a folder that holds a mask, unless it may be replaced."
+    from mft_nb.mask import MASK_FILE
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out is {folder}, which is a file. Name a folder.")
+    if (folder / MASK_FILE).exists() and not overwrite:
+        raise ValueError(
+            f"out is {folder}, which holds a mask already. Name another folder, or give "
+            "--overwrite to replace the mask."
+        )
+
+
+def _check_source(source):
+    "Refuse a name that is no folder, no known model and no hub id; say when the hub is asked."
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from mft_nb.model import KNOWN_MODELS
+
+    if Path(source).expanduser().is_dir() or source in KNOWN_MODELS:
+        return
+    known = ", ".join(KNOWN_MODELS)
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"No folder {source}, and it has not the shape of a hub id either. Name an existing "
+            f"model folder, one of {known}, or an id such as google-bert/bert-base-uncased."
+        ) from None
+    print(f"{source} is no folder here and none of {known}; asking the hub for it", file=sys.stderr)
+
 # %% ../nbs/11_cli.ipynb #4f22ff6d
 @call_parse
 @_plain_errors
@@ -226,23 +259,29 @@ def mft_fit(
     target_modules: str = "",  # regular expressions, such as query,value (default: all weights)
     epochs: float = 2.0,  # passes over the training rows
     learning_rate: float = None,  # of the scores (default: the recipe's)
+    batch_size: int = None,  # rows an optimizer step (default: the recipe's)
+    scope: str = "tensor",  # where the share holds: tensor, layer, global, neuron, head, or 2:4
     seed: int = 0,  # order of the rows, held-out rows, random start
+    keep_activations: bool = False,  # compute what lies below the masked layers only once
+    overwrite: bool = False,  # replace the mask that out holds
     quiet: bool = False,  # show no progress bar
 ):
     "Learn which weights of a classifier to switch off, and save the mask."
     from mft_nb.mask import MFT, MaskConfig
 
-    config = MaskConfig.recipe(recipe)
-    rate = config.learning_rate if learning_rate is None else learning_rate
+    given = {"learning_rate": learning_rate, "batch_size": batch_size}
     config = replace(
-        config,
+        MaskConfig.recipe(recipe),
         keep=keep,
         layers=parse_layers(layers),
         target_modules=tuple(filter(None, target_modules.split(","))),
         epochs=epochs,
-        learning_rate=rate,
+        scope=scope,
         start_seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
     )
+    _check_out(Path(out), overwrite)
+    _check_source(model)
     train_rows, held = _split(data, validation, seed)
     from mft_nb.model import load_classifier
     from mft_nb.train import predict
@@ -259,6 +298,7 @@ def mft_fit(
         seed=seed,
         folder=Path(out) / "unfinished",
         save_every=100,
+        keep_activations=keep_activations,
         label="fit",
         progress=not quiet,
     )
@@ -296,6 +336,7 @@ def mft_apply(
         )
     if out and Path(out).exists() and any(Path(out).iterdir()):
         raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
+    _check_source(model)
     place = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
     load_mask(place)
     rows = read_table(data) if data else None

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -165,29 +166,40 @@ def use(
 @torch.no_grad()
 def _switch_pieces(self: MaskSwitch, keys, weights, after):
     "Switch pieces one after the other."
-    scratch = {}  # one buffer a device for places as torch wants them, 64 bits each
+    scratch = {}  # for a device and type: room for places of 64 bits, and zeros
     for key in keys:
         weight = weights[key[0]]
-        if weight.device not in scratch:
-            scratch[weight.device] = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+        kind = (weight.device, weight.dtype)
+        if kind not in scratch:
+            room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+            scratch[kind] = (room, weight.new_zeros(_PIECE))
         part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
-        self._switch(part, key, after.get(key), scratch[weight.device])
+        self._switch(part, key, after.get(key), *scratch[kind])
+
+
+def _widened(places, room):
+    "Places with 64 bits each, as torch wants them; NumPy, since it starts no threads of its own."
+    wide = room[: len(places)]
+    if places.device.type != "cpu" or wide.device.type != "cpu":
+        return wide.copy_(places)
+    np.copyto(wide.numpy(), places.numpy())
+    return wide
 
 
 @patch
-def _switch(self: MaskSwitch, part, key, places, scratch):
+def _switch(self: MaskSwitch, part, key, places, room, zeros):
     "Put back what is zeroed in a piece, then zero it at other places."
     if key in self._zeroed:
         before, values = self._zeroed[key]
         if places is not None and before.device == places.device and torch.equal(before, places):
             return
-        part.scatter_(0, scratch[: len(before)].copy_(before), values.to(part))
+        part.scatter_(0, _widened(before, room), values.to(part))
     if places is None:
         del self._zeroed[key]
         return
-    where = scratch[: len(places)].copy_(places)
+    where = _widened(places, room)
     self._zeroed[key] = (places, part.index_select(0, where))
-    part.scatter_(0, where, part.new_zeros(len(where)))
+    part.scatter_(0, where, zeros)
 
 # %% ../nbs/12_switch.ipynb #27f6c1ab
 @patch

@@ -6,7 +6,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import bench
-from mft_nb.bench import MODELS, bench_model, figures, mft_bench
+from mft_nb.bench import MODELS, bench_model, figures, mft_bench, ratio_figure, switch_passes
 
 
 def tiny():
@@ -30,6 +30,32 @@ def test_a_model_is_measured_whole(monkeypatch):
         below = row["ratio"] <= row["limit"]
         assert row["met"] == (row["ratio"] >= row["limit"] if "published" in name else below)
     assert len(limited) == 7
+
+
+def test_switches_are_measured_beside_passes():
+    found = switch_passes(rounds=4, layers=1, hidden=16, threads=(1,), progress=False)
+    assert {name: len(seconds) for name, seconds in found["1"].items()} == {"switch": 4, "pass": 4}
+    slow = {"switch": [3.1], "pass": [1.0]}
+    quick = {"switch": [3.0], "pass": [1.0]}
+    rows = figures({"happened": {"models": {}, "switch": {"1": slow, "2": quick}}})
+    assert [(row["figure"], row["model"], row["limit"], row["met"]) for row in rows] == [
+        ("switch / pass", "1 thread", 3.0, False),
+        ("switch / pass", "2 threads", 3.0, True),
+    ]
+
+
+def test_records_draw_with_and_without_switches():
+    path = sorted(bench.Path(__file__).parents[1].glob("results/bench/cpu-*.json"))[-1]
+    record = json.loads(path.read_text())
+    without = {**record, "happened": {k: v for k, v in record["happened"].items() if k != "switch"}}
+    times = {"switch": [3.1], "pass": [1.0]}
+    record["happened"]["switch"] = {"1": times}
+    labels = [
+        [text.get_text() for text in ratio_figure(one).axes[0].get_yticklabels()]
+        for one in (without, record)
+    ]
+    assert labels[0] == labels[1] and labels[0]
+    bench.print_figures(record)
 
 
 def test_an_unknown_model_is_refused(tmp_path):

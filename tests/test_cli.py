@@ -10,6 +10,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import cli
+from mft_nb.bitmask import load_mask
 from mft_nb.data import load_snippets
 from mft_nb.model import load_classifier
 
@@ -130,6 +131,13 @@ BAD_FITS = [
     ({"target_modules": "qkv"}, "'qkv', which matches no maskable weight"),
     ({"recipe": "best"}, "recipe is 'best'; known are seed, paper, recommended"),
     ({"epochs": 0.0}, "epochs is 0.0; allowed is above 0"),
+    ({"scope": "row"}, "scope is 'row'; allowed are 'tensor', 'layer', 'global'"),
+    ({"scope": "2:4"}, "keeps 0.5 of the weights, but keep is 0.9"),
+    ({"batch_size": 0}, "batch_size is 0; allowed is 1 or more"),
+    ({"recipe": "seed", "keep_activations": True}, "but dropout is True"),
+    ({"layers": "0-1", "keep_activations": True}, "there is nothing below it to keep"),
+    ({"model": "no/such/folder"}, "No folder no/such/folder, and it has not the shape of a hub id"),
+    ({"model": "my model"}, "No folder my model, and it has not the shape of a hub id"),
 ]
 
 
@@ -145,7 +153,41 @@ def test_fit_without_hub(files, tmp_path):
     arguments = ["nobody/no-such-model", files / "rows.csv", tmp_path / "out", "--keep", "0.8"]
     status, _, said = call("mft_fit", *arguments)
     check_refusal(status, said, "No model could be loaded from 'nobody/no-such-model'")
+    assert "nobody/no-such-model is no folder here" in said and "asking the hub" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_no_hub_has_is_refused_before_the_loader(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mft_nb.model.load_classifier", lambda *_: pytest.fail("was loaded"))
+    for name in ("no/such/folder", "gone/", "my model"):
+        options = {"model": name, "data": str(files / "rows.csv"), "out": str(tmp_path / "out")}
+        status, said = call_here("mft_fit", capsys, **options)
+        check_refusal(status, said, f"No folder {name}, and it has not the shape of a hub id")
+        status, said = call_here("mft_apply", capsys, model=name, mask="any", out="x")
+        check_refusal(status, said, f"No folder {name}, and it has not the shape of a hub id")
+
+
+def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "mask"
+    out.mkdir()
+    (out / "mask.safetensors").write_bytes(b"weeks of work")
+    (out / "notes.txt").write_text("mine")
+    options = {"model": str(files / "model"), "data": str(files / "rows.csv"), "out": str(out)}
+    status, said = call_here("mft_fit", capsys, **options)
+    check_refusal(status, said, "holds a mask already. Name another folder, or give --overwrite")
+    status, said = call_here("mft_fit", capsys, **options | {"out": str(out / "notes.txt")})
+    check_refusal(status, said, "which is a file")
+    assert sorted(path.name for path in out.iterdir()) == ["mask.safetensors", "notes.txt"]
+    assert (out / "mask.safetensors").read_bytes() == b"weeks of work"
+    options |= {"overwrite": True, "quiet": True, "epochs": 0.1, "layers": "2"}
+    options |= {"batch_size": 8, "scope": "neuron", "keep_activations": True}
+    assert call_here("mft_fit", capsys, **options)[0] == 0
+    assert len([*(tmp_path / "cache" / "activations").glob("*.bin")]) == 1
+    assert (out / "notes.txt").read_text() == "mine"
+    saved = load_mask(out / "mask.safetensors")
+    assert saved.config["batch_size"] == 8 and saved.config["scope"] == "neuron"
+    assert all(set(saved.mask.density_by_neuron(name).tolist()) <= {0, 1} for name in saved.mask)
 
 
 def check_refusal(status, said, expected):
