@@ -23,7 +23,10 @@ setup(
     keywords=settings["keywords"].split(),
     packages=["mft_nb"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={
+        "dev": settings["dev_requirements"].split(),
+        "ray": settings["ray_requirements"].split(),
+    },
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}=mft_nb._modidx:d"],

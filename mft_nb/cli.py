@@ -123,9 +123,12 @@ def mft_reproduce(
     seeds: str = "0",  # such as 0 or 0,1,2 or 0-4
     out: str = "reproduction",  # folder for results/, figures/ and checkpoints/
     jobs: int = 0,  # runs at the same time, a core each (0: as many as there are cores)
+    studies: str = "",  # such as table,controls (default: the profile's); published: all, own seeds
+    shard: str = "",  # i/n: the i-th of n shares of the seeds, for n machines
+    engine: str = "processes",  # or ray: here, or on the cluster that RAY_ADDRESS names
 ):
     "Run what is missing of a profile's experiment, print its table and draw its figures."
-    from mft_nb.experiment import Place, get_profile, missing_runs, plan, run_missing
+    from mft_nb.experiment import Place, get_profile, missing_runs, run_missing
     from mft_nb.plots import draw_all
 
     if jobs < 0:
@@ -137,18 +140,34 @@ def mft_reproduce(
         )
     if data and not Path(data).is_dir():
         raise FileNotFoundError(f"No folder {data}. It must hold SST-2's train.tsv and dev.tsv.")
-    runs = plan(profile, parse_seeds(seeds))
+    runs = _asked_runs(profile, seeds, studies, shard)
     place = Place(out, data)
     waiting = missing_runs(runs, place)
     print(
         f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to "
         f"{place.records(profile)}"
     )
-    run_missing(runs, place, jobs)
+    run_missing(runs, place, jobs, engine=engine)
     print_results(place.records(profile), Path("results") / profile)
     if not _newer(Path(out) / "figures", Path(out) / "results"):
         draw_all(Path(out) / "results", Path(out) / "figures")
     print(f"figures are in {Path(out) / 'figures'}")
+
+
+def _asked_runs(profile, seeds, studies, share):
+    "The runs that the options of `mft_reproduce` name."
+    from mft_nb.experiment import plan, published_plan, shard
+
+    if studies == "published":
+        runs = published_plan(profile)
+    else:
+        runs = plan(profile, parse_seeds(seeds), tuple(filter(None, studies.split(","))))
+    if not share:
+        return runs
+    part, slash, parts = share.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit()):
+        raise ValueError(f"shard is {share!r}; allowed is i/n, such as 1/2.")
+    return shard(runs, int(part), int(parts))
 
 
 def _newer(figures, records):
