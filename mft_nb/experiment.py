@@ -458,7 +458,7 @@ def _looks(config, train_rows, validation):
 
 # %% ../nbs/09_experiment.ipynb #e4a70005
 INSPECTED_ROWS = 512  # training sentences whose loss the inspections look at
-LINE = tuple(step / 10 for step in range(11))  # shares of the way to a mask
+LINE = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the way to a mask
 SHARES = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.25, 0.5)  # of the weights to cut
 DISTANCES = (0.0, 0.1, 0.2, 0.3, 0.4)  # in lengths of the weights' rows
 ROUNDS = 20  # of the cut with a new gradient each
