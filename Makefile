@@ -4,6 +4,9 @@ BIN := .venv/bin
 
 PROFILE ?= embedded
 SEEDS ?= 0
+STUDIES ?=
+SHARD ?=
+ENGINE ?= processes
 OUT ?= reproduction
 JOBS ?= 0
 DATA ?=
@@ -12,12 +15,12 @@ DATA ?=
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install parts reproduce figures test notebooks bench readme docs clean
+.PHONY: help install parts reproduce results figures test notebooks bench readme docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
-	@echo "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2"
+	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray\n"
 
 install: .venv/.installed ## set up .venv with pinned versions
 
@@ -34,7 +37,10 @@ parts: install ## fetch the embedded model and sentences into the cache (86 MB, 
 	@$(BIN)/python -c "from mft_nb.data import read_snippets; from mft_nb.model import fetch_model; read_snippets(); fetch_model('minilm')"
 
 reproduce: install ## run the experiment, print its table, draw its figures
-	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" --jobs $(JOBS) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" --jobs $(JOBS) --studies "$(STUDIES)" --shard "$(SHARD)" --engine $(ENGINE) $(if $(DATA),--data "$(DATA)")
+
+results: install ## say how complete the grid is, print every table, draw every figure from records
+	$(BIN)/mft_results
 
 figures: install ## draw figures/ from results/
 	$(BIN)/mft_figures

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -587,6 +587,7 @@ def save_figure(
 def draw_all(
     results: str | Path,  # holds a folder of records a profile
     figures: str | Path,  # gets PROFILE_FIGURE.png and .svg
+    draw: Mapping[str, Callable[[Path], Figure]] = FIGURES,  # by name
 ) -> list[Path]:  # what was written; FileNotFoundError if there are no records at all
     "Draw every figure whose records are there, and say which are not."
     profiles = sorted({path.parent for path in Path(results).glob("*/seed*.json")})
@@ -594,9 +595,9 @@ def draw_all(
         raise FileNotFoundError(f"No records in {results}. `make reproduce` makes them.")
     written = []
     for folder in profiles:
-        for name, draw in FIGURES.items():
+        for name, one in draw.items():
             try:
-                figure = draw(folder)
+                figure = one(folder)
             except MissingRecords as error:
                 print(f"No figure {folder.name}_{name}: {error}")
                 continue

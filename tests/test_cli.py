@@ -16,7 +16,7 @@ from mft_nb.model import load_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-COMMANDS = ("mft_reproduce", "mft_figures", "mft_fit", "mft_apply")
+COMMANDS = ("mft_reproduce", "mft_figures", "mft_results", "mft_fit", "mft_apply")
 
 
 def call_here(command, capsys, **options):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from mft_nb import plots
+from mft_nb.cli import grid_status
+from mft_nb.evidence import EVIDENCE
 from mft_nb.experiment import Place, missing_runs, plan
 from mft_nb.results import read_predictions, read_records, results_frame, summary
 
@@ -56,8 +58,18 @@ def test_the_plan_makes_what_the_figures_need():
         assert f"seed0-{stem}" in planned
 
 
+def test_the_grid_status_counts_records():
+    status = grid_status(ROOT / "results").set_index(["profile", "study"])
+    assert (status.done <= status.runs).all()
+    assert status.loc[("embedded", "table"), "done"] == status.loc[("embedded", "table"), "runs"]
+    assert status.loc[("sst2", "table"), "done"] == len(
+        [path for path in (ROOT / "results" / "sst2").glob("*.csv")]
+    )
+
+
 def test_published_figures_are_those_of_the_records(tmp_path):
-    drawn = {path.name for path in plots.draw_all(ROOT / "results", tmp_path)}
+    every = plots.FIGURES | EVIDENCE
+    drawn = {path.name for path in plots.draw_all(ROOT / "results", tmp_path, every)}
     published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
     assert drawn == published - {"front_page_0.png"}
     for name in drawn:

@@ -1,0 +1,69 @@
+"""Figures and effects of the studies, drawn from made-up records with a known answer."""
+
+import numpy as np
+import pytest
+
+from mft_nb import evidence, plots
+from mft_nb.experiment import plan
+from mft_nb.results import prediction_rows, results_frame, summary, write_record
+
+STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
+ACCURACY = {"baseline": 0.5, "75": 0.76, "90": 0.9}
+
+
+def made_up(run, drawn):
+    """Predictions of a run: as accurate as its checkpoint, less what it cuts, plus what it is."""
+    accuracy = ACCURACY[run.checkpoint] - 0.2 * (0.9 - run.keep) * (run.keep < 0.9)
+    accuracy += {"continued": 0.03, "mft_seed": -0.06}.get(run.method, 0)
+    accuracy += 0.05 if run.variant.startswith("l1_") else 0
+    labels = np.arange(400) % 2
+    right = np.arange(400) < accuracy * 400 + drawn.integers(-3, 4)
+    return prediction_rows(np.eye(2)[np.where(right, labels, 1 - labels)], labels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Records of every study for three seeds."""
+    place = tmp_path_factory.mktemp("results") / "made_up"
+    drawn = np.random.default_rng(0)
+    for run in plan("sst2", (0, 1, 2), STUDIES):
+        rows = made_up(run, drawn)
+        asked = {name: getattr(run, name) for name in ("seed", "checkpoint", "method", "keep")}
+        asked |= {"profile": "made_up", "study": run.study, "variant": run.variant}
+        happened = {"test": summary(rows), "validation": summary(rows)}
+        if run.method != "none":
+            happened["mask"] = {"density": run.keep}
+        target = place if run.study == "table" else place / run.study
+        write_record(target, run.name, asked, happened, {}, rows)
+    return place
+
+
+def test_effects_find_what_was_put_in(folder):
+    found = evidence.effects(results_frame(folder, ("controls",)))
+    top = found[found.checkpoint == "90"].set_index("method")
+    assert top.loc["continued"].low < 0.03 < top.loc["continued"].high
+    assert top.loc["mft_seed"].difference < -0.04
+    assert (found.p_holm >= found.p_value).all()
+    assert (found.seeds == 3).all()
+
+
+@pytest.mark.parametrize("name", ["effects", "waterfall", "ablations", "curves"])
+def test_each_figure_is_drawn(name, folder, tmp_path):
+    figure = evidence.EVIDENCE[name](folder)
+    assert plots.save_figure(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_waterfall_names_the_repair(folder):
+    title = evidence.waterfall_figure(folder).texts[0].get_text().replace("\n", " ")
+    assert "L1" in title and "repairs most" in title
+
+
+def test_a_share_that_costs_a_point_is_found(folder):
+    frame = results_frame(folder, ("curves",))
+    assert 0.1 < evidence.harmless_share(frame, "90", "random", loss=0.05) < 0.5
+
+
+def test_without_records_a_figure_says_so(tmp_path):
+    for draw in evidence.EVIDENCE.values():
+        with pytest.raises((plots.MissingRecords, FileNotFoundError), match="records|runs|insp"):
+            draw(tmp_path)
