@@ -16,8 +16,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from mft_nb.bitmask import top_k_mask
+from mft_nb.bitmask import magnitude_mask, random_mask, top_k_mask
 from mft_nb.mask import MFT, MaskConfig, plain_state_dict
+from mft_nb.model import maskable_weights
+from mft_nb.selection import scoped_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MaskConfig(layers="all", start="normal", keep=0.8)
@@ -411,3 +413,18 @@ def test_layers_named_by_a_word_compete_as_layers():
     for name, mask in mft.bitmask().items():
         cut[name.split(".")[0]] = cut.get(name.split(".")[0], 0) + int((~mask).sum())
     assert cut == {"layer_0": 16, "layer_1": 16, "layer_2": 16}
+
+
+@pytest.mark.parametrize("scope, keep", [("tensor", 0.9), ("2:4", 0.5), ("neuron", 0.75)])
+def test_a_mask_of_magnitudes_is_where_training_starts(scope, keep):
+    mft = MFT(tiny_bert(), MaskConfig(scope=scope, keep=keep, start="magnitude"))
+    sizes = {name: weight.detach().abs() for name, weight in mft.base_weights().items()}
+    assert scoped_mask(sizes, keep, scope) == mft.bitmask()
+
+
+def test_magnitude_and_random_masks_by_layer():
+    weights = maskable_weights(tiny_bert(), layers="all")
+    for mask in (magnitude_mask(weights, 0.7, "layer"), random_mask(weights, 0.7, scope="layer")):
+        assert list(mask) == list(weights)
+        assert len(set(mask.density_by_tensor().values())) > 3
+        assert all(abs(share - 0.7) < 1e-4 for share in mask.density_by_layer().values())
