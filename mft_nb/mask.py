@@ -36,6 +36,7 @@ from mft_nb.model import (
     DEFAULT_EXCLUDE,
     check_maskable,
     check_pattern,
+    dropout_rates,
     layer_name,
     maskable_weights,
 )
@@ -497,11 +498,9 @@ def _silence_dropout(model):
     "Set every dropout rate of a model to 0; return (module, attribute, rate) to restore them."
     found = []
     for module in model.modules():
-        own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
-        for name, rate in list(vars(module).items()):
-            if isinstance(rate, float) and rate and (name in own or "drop" in name):
-                found.append((module, name, rate))
-                setattr(module, name, 0.0)
+        for name, rate in dropout_rates(module).items():
+            found.append((module, name, rate))
+            setattr(module, name, 0.0)
     return found
 
 # %% ../nbs/06_mask.ipynb #0fe73299
