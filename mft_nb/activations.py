@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .bitmask import weights_sha256
 from .data import cache_folder, tokenise
-from .model import layer_name, layer_of
+from .model import dropout_rates, layer_name, layer_of
 
 # %% ../nbs/03b_activations.ipynb #5a1ad3f3
 def lowest_layer(
@@ -393,20 +393,12 @@ def _check_trainable(model, layout, dropout):
             )
     for name, module in model.named_modules() if dropout else ():
         if not layout.above(name):
-            for setting, rate in _dropout_rates(module):
+            for setting, rate in dropout_rates(module).items():
                 raise ValueError(
                     f"{name}.{setting} is {rate}: dropout below {layout.first_layer} changes its "
                     "input at every step. Turn it off (MaskConfig(dropout=False)), or train "
                     "without kept activations."
                 )
-
-
-def _dropout_rates(module):
-    "The settings of one module that make it drop something in training."
-    own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
-    for name, value in vars(module).items():
-        if isinstance(value, float) and value and (name in own or "drop" in name):
-            yield name, value
 
 # %% ../nbs/03b_activations.ipynb #1f9df613
 class _Collator:

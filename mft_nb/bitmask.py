@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import __version__
-from .model import layer_of
+from .model import layer_name, layer_of
 
 # %% ../nbs/02_bitmask.ipynb #f40d25cf
 def check_keep(
@@ -298,14 +298,15 @@ def to(
     return BitMask({name: mask.to(device) for name, mask in self.items()})
 
 # %% ../nbs/02_bitmask.ipynb #cfc3dc95
-SCOPES = ("tensor", "global")
+SCOPES = ("tensor", "layer", "global")
 
 
 def check_scope(scope: str) -> str:
     "Refuse an unknown scope with a ValueError."
     if scope not in SCOPES:
         raise ValueError(
-            f"scope is {scope!r}; allowed are 'tensor' (the same share in each) and 'global'."
+            f"scope is {scope!r}; allowed are 'tensor' (the same share in each), 'layer' and "
+            "'global'. For 'neuron' and N:M give the scores to mft_nb.selection.scoped_mask."
         )
     return scope
 
@@ -316,7 +317,9 @@ def top_k_masks(
     scope: str = "tensor",  # "tensor": that share of each; "global": of all together
 ) -> list[Tensor]:  # bool tensors in the same shapes
     "The exact top-k masks of several score tensors."
-    if check_scope(scope) == "tensor":
+    if check_scope(scope) == "layer":
+        raise ValueError("scope is 'layer', which needs names. Give a dict to top_k_mask.")
+    if scope == "tensor":
         return [top_k(score, kept_count(score.numel(), keep)) for score in scores]
     flat = torch.cat([score.detach().reshape(-1) for score in scores])
     parts = top_k(flat, kept_count(flat.numel(), keep)).split([score.numel() for score in scores])
@@ -326,17 +329,25 @@ def top_k_masks(
 def top_k_mask(
     scores: Mapping[str, Tensor],  # scores by name, in the shapes of the weights
     keep: float,  # share to keep, in (0, 1]
-    scope: str = "tensor",  # "tensor" or "global"
+    scope: str = "tensor",  # "tensor", "layer" (told by the names) or "global"
 ) -> BitMask:  # exactly `kept_count` ones
     "Keep the largest scores."
-    masks = top_k_masks(list(scores.values()), keep, scope)
-    return BitMask(dict(zip(scores, masks, strict=True)))
+    groups = {}
+    for name in scores:
+        group = layer_name(name) or name if check_scope(scope) == "layer" else ""
+        groups.setdefault(group, []).append(name)
+    within = "global" if scope == "layer" else scope
+    found = {}
+    for names in groups.values():
+        masks = top_k_masks([scores[name] for name in names], keep, within)
+        found |= zip(names, masks, strict=True)
+    return BitMask({name: found[name] for name in scores})
 
 # %% ../nbs/02_bitmask.ipynb #cd313583
 def magnitude_mask(
     weights: Mapping[str, Tensor],  # weight matrices by name
     keep: float,  # share to keep, in (0, 1]
-    scope: str = "tensor",  # "tensor" or "global"
+    scope: str = "tensor",  # "tensor", "layer" or "global"
 ) -> BitMask:  # the smallest |w| are cut
     "Keep the largest weights (Han et al. 2015)."
     return top_k_mask(
@@ -348,7 +359,7 @@ def random_mask(
     weights: Mapping[str, Tensor],  # weight matrices by name; only their shapes matter
     keep: float,  # share to keep, in (0, 1]
     seed: int = 0,  # of the draw
-    scope: str = "tensor",  # "tensor" or "global"
+    scope: str = "tensor",  # "tensor", "layer" or "global"
 ) -> BitMask:  # which weights are cut is drawn uniformly
     "Keep weights at random, exactly as many as any other mask of that share."
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'HEAD_OUTPUTS', 'MASK_FILE', 'MODULES_FILE', 'MaskConfig',
 
 # %% ../nbs/06_mask.ipynb #b86569f4
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -35,6 +36,7 @@ from mft_nb.model import (
     DEFAULT_EXCLUDE,
     check_maskable,
     check_pattern,
+    dropout_rates,
     layer_name,
     maskable_weights,
 )
@@ -338,12 +340,13 @@ class MFT:
         model: nn.Module,  # changed in place
         config: MaskConfig | None = None,  # default `MaskConfig.recommended()`
     ):
+        _refuse_masked(model)
         if not isinstance(config, MaskConfig | None):
             raise TypeError(
-                f"config is {config!r}; allowed is a MaskConfig, such as MaskConfig(keep=0.8)."
+                f"config is a {type(config).__name__}; allowed is a MaskConfig, such as "
+                "MaskConfig(keep=0.8)."
             )
         self.config = config or MaskConfig.recommended()
-        _refuse_masked(model)
         self._remember(model, list(_chosen(model, self.config)))
         generator = torch.Generator().manual_seed(self.config.start_seed)
         absolute = self.config.ranking == "absolute"
@@ -382,8 +385,9 @@ def _refuse_masked(model):
     "Refuse what is no model, and a model that carries a mask already."
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}; allowed is a torch.nn.Module. Load it first, for "
-            "example with mft_nb.model.load_classifier."
+            f"model is a {type(model).__name__}; allowed is a torch.nn.Module, and it is the first "
+            "argument: MFT(model, config), MFT.from_pretrained(model, folder). Load it, for "
+            "example, with mft_nb.model.load_classifier."
         )
     if getattr(model, "mask_in_force", None) is not None:
         raise ValueError(
@@ -494,11 +498,9 @@ def _silence_dropout(model):
     "Set every dropout rate of a model to 0; return (module, attribute, rate) to restore them."
     found = []
     for module in model.modules():
-        own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
-        for name, rate in list(vars(module).items()):
-            if isinstance(rate, float) and rate and (name in own or "drop" in name):
-                found.append((module, name, rate))
-                setattr(module, name, 0.0)
+        for name, rate in dropout_rates(module).items():
+            found.append((module, name, rate))
+            setattr(module, name, 0.0)
     return found
 
 # %% ../nbs/06_mask.ipynb #0fe73299
@@ -532,10 +534,31 @@ def print_trainable_parameters(self: MFT) -> None:
     print(f"trainable scores: {trained:,}{extra}, on a model of {total:,} weights")
 
 # %% ../nbs/06_mask.ipynb #c2cdd939
+_SETTINGS = "mask_settings"  # the name in a state of what turns scores into a mask
+
+
+def _mask_settings(config):
+    "What turns scores into a mask, as plain values."
+    return {name: config.to_dict()[name] for name in ("keep", "scope", "ranking", "schedule")}
+
+
+def _check_settings(coded, config):
+    "Refuse settings, coded in bytes, that make another mask of the same scores."
+    saved, own = json.loads(bytes(coded.tolist())), _mask_settings(config)
+    for name in own:
+        if saved[name] != own[name]:
+            raise ValueError(
+                f"{name} is {saved[name]!r} in the state and {own[name]!r} in this MFT. Make the "
+                "MFT with the config that the state was saved with."
+            )
+
+
 @patch
-def state_dict(self: MFT) -> dict[str, Tensor]:  # copies of the scores and of what is trained along
+def state_dict(self: MFT) -> dict[str, Tensor]:  # copies of what is trained, and its settings
     "What a checkpoint needs; the frozen weights are not in it."
-    return {name: tensor.clone() for name, tensor in trained_state_dict(self.model).items()}
+    trained = {name: tensor.clone() for name, tensor in trained_state_dict(self.model).items()}
+    coded = json.dumps(_mask_settings(self.config)).encode()
+    return trained | {_SETTINGS: torch.tensor(list(coded), dtype=torch.uint8)}
 
 
 @patch
@@ -543,7 +566,10 @@ def load_state_dict(
     self: MFT,
     state: dict[str, Tensor],  # from `state_dict` of an MFT with the same config
 ) -> None:
-    "Go on from a checkpoint; ValueError where it belongs to other scores."
+    "Go on from a checkpoint; ValueError where it belongs to other scores or another keep or scope."
+    state = dict(state)
+    if _SETTINGS in state:
+        _check_settings(state.pop(_SETTINGS), self.config)
     own = trained_state_dict(self.model)
     for name in own.keys() ^ state.keys():
         raise ValueError(
@@ -691,6 +717,12 @@ def from_pretrained(
     folder: str | Path,  # written by `save_pretrained`, or the file itself
 ) -> MFT:  # with the loaded mask in force; nothing to train
     "Put a saved mask on the model it was made for; ValueError on any other."
+    _refuse_masked(model)
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"folder is a {type(folder).__name__}; allowed is the path of a mask file or of its "
+            "folder, after the model: MFT.from_pretrained(model, folder)."
+        )
     path = Path(folder)
     path = path / MASK_FILE if path.is_dir() else path
     saved = load_mask(path)
@@ -699,7 +731,6 @@ def from_pretrained(
     modules = _load_modules(path.with_name(MODULES_FILE), digest) if digest else {}
     mft = cls.__new__(cls)
     mft.config = MaskConfig.from_dict(settings)
-    _refuse_masked(model)
     check_maskable(model, list(saved.mask))
     parameters = dict(model.named_parameters())
     check_same_shapes(saved.mask, parameters)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'DEFAULT_EXCLUDE', 'fetch_model', 'load_classifier', 'layer_of', 'layer_name', 'check_pattern',
-           'find_layers', 'layer_count', 'middle_third', 'check_maskable', 'maskable_weights']
+           'find_layers', 'layer_count', 'middle_third', 'check_maskable', 'maskable_weights', 'dropout_rates']
 
 # %% ../nbs/01_model.ipynb #871ff95b
 import os
@@ -480,3 +480,15 @@ def _because(model, pattern, linear, tied, exclude_modules):
         if re.search(excluded, name):
             return f": {name!r} is left whole by {excluded!r} in exclude_modules"
     return f": {name!r} lies outside the chosen layers"
+
+# %% ../nbs/01_model.ipynb #6d1f90-1
+def dropout_rates(
+    module: nn.Module,  # looked at alone, without the modules in it
+) -> dict[str, float]:  # by the attribute's name: a rate above 0
+    "The settings of one module that make it drop something in training."
+    own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
+    return {
+        name: rate
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and rate and (name in own or "drop" in name)
+    }

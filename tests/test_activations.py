@@ -26,7 +26,7 @@ from transformers import (
 from mft_nb.activations import keep_activations, lowest_layer
 from mft_nb.data import load_snippets
 from mft_nb.mask import MFT, MaskConfig
-from mft_nb.model import load_classifier, maskable_weights
+from mft_nb.model import dropout_rates, load_classifier, maskable_weights
 from mft_nb.train import predict, train
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
@@ -293,6 +293,20 @@ def test_models_whose_layers_cannot_be_left_out_are_refused(gpt2):
     gpt2.first = lowest_layer(names)
     with pytest.raises(ValueError, match="T5.*return more than hidden states|encoder-decoder"):
         keep(gpt2)
+
+
+def test_dropout_that_stops_kept_activations_is_what_a_mask_silences():
+    model = family("gpt2").requires_grad_(False)
+    model.transformer.h[0].attn.attention_dropout = 0.3  # a setting, not a module
+    found = [rate for module in model.modules() for rate in dropout_rates(module).values()]
+    assert 0.3 in found and len(found) > 3
+    tokenizer, rows = load_classifier("minilm")[1], load_snippets()["train"].select(range(8))
+    with pytest.raises(ValueError, match="dropout below transformer.h.2 changes"):
+        keep_activations(model, tokenizer, rows, "transformer.h.2", progress=False)
+    mft = MFT(model, MaskConfig(layers=[2]))
+    assert not any(dropout_rates(module) for module in model.modules())
+    mft.unload()
+    assert [r for module in model.modules() for r in dropout_rates(module).values()] == found
 
 
 def test_no_rows_are_refused(gpt2):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from mft_nb.bitmask import top_k_mask
+from mft_nb.bitmask import magnitude_mask, random_mask, top_k_mask
 from mft_nb.mask import MFT, MaskConfig, plain_state_dict
+from mft_nb.model import maskable_weights
+from mft_nb.selection import scoped_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MaskConfig(layers="all", start="normal", keep=0.8)
@@ -209,6 +212,42 @@ def test_schedule_closes_in_on_keep():
     assert resumed.bitmask() == mft.bitmask()
 
 
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"keep": 0.7}, "keep is 0.8 in the state and 0.7 in this MFT"),
+        ({"scope": "global"}, "scope is 'tensor' in the state and 'global' in this MFT"),
+        ({"ranking": "absolute"}, "ranking is 'signed' in the state and 'absolute'"),
+    ],
+    ids=str,
+)
+def test_a_state_with_other_settings_is_refused(change, expected, tmp_path):
+    torch.save(MFT(tiny_bert(), CONFIG).state_dict(), tmp_path / "state.pt")
+    other = MFT(tiny_bert(), replace(CONFIG, **change, start_seed=1))
+    before = other.bitmask()
+    with pytest.raises(ValueError, match=expected):
+        other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert other.bitmask() == before
+
+
+def test_a_state_from_before_settings_were_in_it_loads():
+    source, other = MFT(tiny_bert(), CONFIG), MFT(tiny_bert(), replace(CONFIG, start_seed=1))
+    old = {name: t for name, t in source.state_dict().items() if name.endswith("scores")}
+    assert len(old) == len(source.scores)
+    other.load_state_dict(old)
+    assert other.bitmask() == source.bitmask()
+
+
+def test_swapped_arguments_are_named(tmp_path):
+    first = r"is a torch.nn.Module, and it is the first argument: MFT\(model, config\)"
+    with pytest.raises(TypeError, match="model is a MaskConfig; allowed " + first):
+        MFT(CONFIG, tiny_bert())
+    with pytest.raises(TypeError, match="model is a PosixPath; allowed " + first):
+        MFT.from_pretrained(tmp_path, tiny_bert())
+    with pytest.raises(TypeError, match="folder is a MaskConfig; allowed is the path"):
+        MFT.from_pretrained(tiny_bert(), CONFIG)
+
+
 def test_a_schedule_that_was_not_reached_is_warned_of(tmp_path):
     mft = MFT(tiny_bert(), MaskConfig(layers="all", keep=0.5, schedule=[(0, 1.0), (300, 0.5)]))
     train_steps(mft, 1)
@@ -301,7 +340,7 @@ def test_checkpoints_hold_scores_only_and_resume_is_exact(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     trainer_for(first.model, folder, **options).train()
     with safe_open(folder / "checkpoint-4" / "model.safetensors", "pt") as saved:
-        assert sorted(saved.keys()) == sorted(first.state_dict())
+        assert sorted(saved.keys()) == sorted(first.state_dict().keys() - {"mask_settings"})
         assert all(name.endswith("scores") for name in saved.keys())
     resumed = MFT(tiny_bert(dropout=0.1), CONFIG)
     trainer = trainer_for(resumed.model, folder, **options)
@@ -411,3 +450,18 @@ def test_layers_named_by_a_word_compete_as_layers():
     for name, mask in mft.bitmask().items():
         cut[name.split(".")[0]] = cut.get(name.split(".")[0], 0) + int((~mask).sum())
     assert cut == {"layer_0": 16, "layer_1": 16, "layer_2": 16}
+
+
+@pytest.mark.parametrize("scope, keep", [("tensor", 0.9), ("2:4", 0.5), ("neuron", 0.75)])
+def test_a_mask_of_magnitudes_is_where_training_starts(scope, keep):
+    mft = MFT(tiny_bert(), MaskConfig(scope=scope, keep=keep, start="magnitude"))
+    sizes = {name: weight.detach().abs() for name, weight in mft.base_weights().items()}
+    assert scoped_mask(sizes, keep, scope) == mft.bitmask()
+
+
+def test_magnitude_and_random_masks_by_layer():
+    weights = maskable_weights(tiny_bert(), layers="all")
+    for mask in (magnitude_mask(weights, 0.7, "layer"), random_mask(weights, 0.7, scope="layer")):
+        assert list(mask) == list(weights)
+        assert len(set(mask.density_by_tensor().values())) > 3
+        assert all(abs(share - 0.7) < 1e-4 for share in mask.density_by_layer().values())
