@@ -85,6 +85,7 @@ class Profile:
     gradient_rows: int  # training rows for the gradient idea
     test_rows: int = 0  # test rows to report on; 0: all
     studies: tuple[str, ...] = ("table",)  # what is run where no study is named
+    precision: str = "float32"  # of masks and controls in training; evaluation is in float32
 
     def __post_init__(self):
         if self.model not in KNOWN_MODELS:
@@ -122,8 +123,14 @@ PROFILES["base"] = replace(
     PROFILES["sst2"],
     name="base",
     model="mpnet",
-    fine_tuning=TrainConfig(learning_rate=3e-5, max_steps=300, batch_size=32),
+    fine_tuning=TrainConfig(
+        learning_rate=3e-5, max_steps=300, batch_size=32, precision="bfloat16"
+    ),
     late_every=10,
+    look_rows=300,
+    watch_rows=100,
+    mask_rows=4000,
+    precision="bfloat16",
 )
 PROFILES["bert"] = replace(PROFILES["base"], name="bert", model="bert")
 
@@ -409,7 +416,7 @@ def treat(
         return None, {}
     if run.method.startswith("mft_") or run.method in CONTROL_RATES:
         steps_of = _train_mask if run.method.startswith("mft_") else _train_control
-        return steps_of(run, model, tokenizer, train_rows, validation, bar)
+        return steps_of(run, model, tokenizer, train_rows, validation, profile, bar)
     weights = maskable_weights(model)
     if run.method == "random":
         return random_mask(weights, run.keep, seed=run.seed), {}
@@ -423,16 +430,16 @@ def treat(
     return cut(weights, gradients, run.keep), {}
 
 
-def _changes(run):
-    "The settings that a run's variant changes, without the number of rows."
-    changes = VARIANTS.get(run.variant, {})
+def _changes(run, profile):
+    "The settings that a run's variant and its profile change, without the number of rows."
+    changes = {"precision": profile.precision} | VARIANTS.get(run.variant, {})
     return {name: value for name, value in changes.items() if name != "rows"}
 
 
-def _train_mask(run, model, tokenizer, train_rows, validation, bar):
+def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train scores by a recipe; the mask, its settings and its curves."
     config = MaskConfig.recipe(run.method.removeprefix("mft_"))
-    config = replace(config, keep=run.keep, start_seed=run.seed, **_changes(run))
+    config = replace(config, keep=run.keep, start_seed=run.seed, **_changes(run, profile))
     mft = MFT(model, config)
     looks = _looks(config, train_rows, validation)
     history = mft.fit(tokenizer, train_rows, seed=run.seed, label=run.name, **looks, **bar)
@@ -441,9 +448,9 @@ def _train_mask(run, model, tokenizer, train_rows, validation, bar):
     return mask, {"settings": config.to_dict(), "curves": asdict(history)}
 
 
-def _train_control(run, model, tokenizer, train_rows, validation, bar):
+def _train_control(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train something else than a mask; its settings and its curves."
-    config = control_config(run.method, seed=run.seed, **_changes(run))
+    config = control_config(run.method, seed=run.seed, **_changes(run, profile))
     looks = _looks(config, train_rows, validation)
     history = train_control(
         model, tokenizer, train_rows, run.method, config, label=run.name, **looks, **bar

@@ -49,6 +49,7 @@ _CHOICES = {
     "ranking": ("signed", "absolute"),
     "l1_reduction": ("sum", "mean"),
     "optimizer": ("adamw", "adafactor"),
+    "precision": ("float32", "bfloat16"),
 }
 _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
     "spread": (0, False),
@@ -90,6 +91,7 @@ class MaskConfig:
     epochs: float = 2.0  # passes over the training rows
     batch_size: int = 32  # rows an optimizer step
     max_length: int = 128  # tokens a sentence; what is longer is cut off
+    precision: str = "float32"  # of the products in training: or "bfloat16", by autocast
     warmup_steps: int = 0  # steps of linear warm-up, then linear decay to 0
     warmup_ratio: float = 0.0  # the same as a share of all steps, where warmup_steps is 0
     max_grad_norm: float = 0.0  # gradient clipping; 0: none
@@ -765,6 +767,7 @@ def train_config(
         "epochs",
         "batch_size",
         "max_length",
+        "precision",
         "warmup_steps",
         "warmup_ratio",
         "max_grad_norm",

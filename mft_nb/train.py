@@ -69,8 +69,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradient clipping; 0: none
     max_length: int = 128  # tokens a sentence
     seed: int = 0  # order of the rows and dropout
+    precision: str = "float32"  # of the products in training: "float32", or "bfloat16" (autocast)
 
     def __post_init__(self):
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}; allowed are float32, bfloat16.")
         if self.optimizer not in ("adamw", "adafactor"):
             raise ValueError(f"optimizer is {self.optimizer!r}; allowed are adamw, adafactor.")
         check_number("learning_rate", self.learning_rate, 0, above=True)
@@ -229,6 +232,12 @@ class _Trainer(Trainer):
 
     history = None
     lengths = None
+    precision = "float32"
+
+    def compute_loss_context_manager(self):
+        if self.precision == "float32":
+            return super().compute_loss_context_manager()
+        return torch.autocast(self.model.device.type, getattr(torch, self.precision))
 
     def _get_train_sampler(self, train_dataset=None):
         return _EpochSampler(self.args.train_batch_size, self.lengths, self.args.seed)
@@ -352,6 +361,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.history = history
+        trainer.precision = config.precision
         trainer.lengths = list(tokens["length"])
         last = _last_whole_checkpoint(place)
         if last:
