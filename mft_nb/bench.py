@@ -48,6 +48,7 @@ class Trainee:
     collate: Callable | None = None  # makes the batch from rows; None: padded batches are given
     optimizer: torch.optim.Optimizer | None = None  # set by `prepare`
     mft: MFT | None = None  # of our own ways
+    precision: str = "float32"  # of the products; "bfloat16" by autocast
 
     def step(self, batch: dict) -> float:  # the loss
         "One optimizer step."
@@ -56,7 +57,7 @@ class Trainee:
         batch = {name: value for name, value in batch.items() if name != "rows"}
         device = next(self.model.parameters()).device
         batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = self.model(**batch).loss
         loss.backward()
         self.optimizer.step()
@@ -222,6 +223,7 @@ def prepare(
     stack: ExitStack,  # undoes on leaving what the kept activations changed
     ways: tuple[str, ...] = tuple(WAYS),  # keys of `WAYS`
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "float32",  # of the products in training, or "bfloat16"
     **choices,  # of `MaskConfig`, such as layers
 ) -> dict[str, Trainee]:  # by the name of the way
     "Every way of training, ready to take a step."
@@ -232,6 +234,7 @@ def prepare(
     for way in ways:
         model = make_model().to(device).train()
         trainee = WAYS[way](model, MaskConfig(**choices))
+        trainee.precision = precision
         if way == "ours, kept":
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             kept = keep_activations(
@@ -388,9 +391,10 @@ def matmul_peak(
     size: int = 2048,  # rows and columns
     repeats: int = 5,  # the best counts
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "float32",  # or "bfloat16"
 ) -> float:  # FLOP/s
     "The machine's own best matrix product."
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = getattr(torch, precision)
     first, second = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(repeats + 1):
@@ -450,12 +454,14 @@ class Bench:
     sizes: tuple[int, ...] = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8)
     switch_rounds: int = 41  # timed rounds for each number of threads
     device: str = "cpu"  # "cpu" or "cuda"
+    precision: str = "float32"  # of the products in training, or "bfloat16"
 
 
 def bench_model(
     name: str,  # a key of `MODELS`
     rounds: int,  # timed rounds
     device: str = "cpu",  # "cpu" or "cuda"
+    precision: str = "float32",  # of the products in training, or "bfloat16"
     progress: bool = True,  # whether to show a bar
 ) -> dict:  # seconds, ratios, bytes, flops
     "Measure one model: times of all ways, memory, FLOP/s and profile."
@@ -463,14 +469,14 @@ def bench_model(
     batches = make_batches(rows)
     ways = tuple(WAYS) if device == "cpu" else tuple(w for w in WAYS if w != "ours, kept")
     with ExitStack() as stack:
-        ready = prepare(MODELS[name], rows, stack, ways, device)
+        ready = prepare(MODELS[name], rows, stack, ways, device, precision)
         steps = {
             way: lambda number, one=one: one.step(batches[number % len(batches)])
             for way, one in ready.items()
         }
         times = interleave(steps, rounds, label=name, progress=progress)
         ours = ready["ours"]
-        peak = max(matmul_peak(device=device), matmul_peak(device=device))
+        peak = max(matmul_peak(device=device, precision=precision) for _ in range(2))
         flops = step_flops(ours, batches[0])
         found = {
             "seconds": times,
@@ -628,6 +634,7 @@ def mft_bench(
     data: str = "",  # folder of SST-2, for the padding share; none: the embedded sentences
     models: str = "minilm,bert_base",  # of minilm, bert_base, llama_1b
     device: str = "cpu",  # cpu or cuda
+    precision: str = "",  # float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)
 ):
     "Measure what a step of Mask Fine-Tuning costs beside other ways of training."
     chosen = tuple(models.split(","))
@@ -640,10 +647,13 @@ def mft_bench(
         rows = load_data("sst2", data)["train"] if data else load_data("snippets")["train"]
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    bench = Bench(models=chosen, device=device)
+    precision = precision or ("float32" if device == "cpu" else "bfloat16")
+    if precision not in ("float32", "bfloat16"):
+        raise SystemExit(f"precision is {precision!r}; allowed are float32, bfloat16.")
+    bench = Bench(models=chosen, device=device, precision=precision)
     happened = {"models": {}}
     for name in chosen:
-        happened["models"][name] = bench_model(name, bench.rounds[name], device)
+        happened["models"][name] = bench_model(name, bench.rounds[name], device, precision)
     lengths = tokenise(rows, load_classifier("minilm")[1])["length"][:]
     share = padding_share(list(lengths))
     happened["padding"] = {"data": "sst2" if data else "snippets", "share": share}
@@ -652,13 +662,14 @@ def mft_bench(
         happened["switch"] = switch_passes(bench.switch_rounds)
     now = datetime.now(UTC)
     asked = {"models": list(chosen), "rounds": bench.rounds, "device": device}
+    asked |= {"precision": precision}
     asked |= {"batch": [32, 32], "sizes": list(bench.sizes)}
     asked |= {"switch_rounds": bench.switch_rounds}
     where = environment() | {"started": now.isoformat(timespec="seconds")}
     if device == "cuda":
         where["device"] = torch.cuda.get_device_name()
     record = {"asked": asked, "happened": happened, "where": where}
-    path = Path(out) / f"{device}-{now:%Y%m%dT%H%M%S}.json"
+    path = Path(out) / f"{device}-{precision}-{now:%Y%m%dT%H%M%S}.json"
     write_whole(path, json.dumps(record, indent=1))
     print_figures(record)
     print(f"\nrecord: {path}")
