@@ -1,5 +1,7 @@
 """Kept activations change what is computed, not what comes out, on any family that takes them."""
 
+import gc
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from mft_nb.activations import keep_activations, lowest_layer
+from mft_nb.activations import keep_activations, kept_files, lowest_layer, remove_activations
 from mft_nb.data import load_snippets
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.model import dropout_rates, load_classifier, maskable_weights
@@ -178,9 +180,9 @@ def keep(setting, **more):
 
 def test_a_file_is_reused_whatever_the_order_and_made_anew_when_cut(gpt2):
     kept = keep(gpt2)
-    stamp = kept.path.stat().st_mtime_ns
+    number = kept.path.stat().st_ino  # another one if the file were written anew
     gpt2.rows = gpt2.rows.select(range(len(gpt2.rows))[::-1])
-    assert keep(gpt2).path.stat().st_mtime_ns == stamp
+    assert keep(gpt2).path.stat().st_ino == number
     with open(kept.path, "r+b") as file:
         file.truncate(100)
     assert keep(gpt2).path.stat().st_size > 100
@@ -313,3 +315,51 @@ def test_no_rows_are_refused(gpt2):
     gpt2.rows = Dataset.from_dict({"sentence": []})
     with pytest.raises(ValueError, match="rows is empty"):
         keep(gpt2)
+
+
+def kept_parts(gpt2, count, **options):
+    """Activations of different rows, in the order in which they were used."""
+    rows = load_snippets()["train"]
+    for index in range(count):
+        gpt2.rows = rows.select(range(8 * index, 8 * index + 8))
+        one = keep(gpt2, **options)
+        os.utime(one.path, (1000 + index, 1000 + index))
+        yield one
+
+
+def test_files_are_listed_and_removed_by_their_last_use(gpt2):
+    kept = list(kept_parts(gpt2, 3))
+    folder = kept[0].path.parent
+    (folder / "notes.bin").write_text("not ours")
+    assert kept_files(folder) == [one.path for one in kept]
+    again = keep(gpt2)  # the last rows once more: its file is used now, not new
+    assert again.path == kept[2].path and kept_files(folder)[-1] == again.path
+    sizes = [one.path.stat().st_size for one in kept]
+    assert f"the folder holds {sum(sizes) / 1e6:.1f} MB" in repr(again)
+    assert remove_activations(folder, older_than=1) == sizes[0] + sizes[1]
+    assert kept_files(folder) == [again.path]
+    kept[1].collator(DataCollatorWithPadding(gpt2.tokenizer))  # what reads a file goes on
+    assert kept[1]._values.isfinite().all()
+    assert remove_activations(folder) == sizes[2]
+    assert kept_files(folder) == [] and (folder / "notes.bin").exists()
+    assert remove_activations(folder / "none") == 0
+
+
+def test_a_limit_evicts_what_was_used_longest_ago_but_not_what_is_in_use(gpt2):
+    first, second, third = kept_parts(gpt2, 3)
+    folder, paths = first.path.parent, [one.path for one in (first, second, third)]
+    total = sum(path.stat().st_size for path in paths)
+    del second, third
+    gc.collect()
+    gpt2.rows = load_snippets()["train"].select(range(24, 32))
+    room = total + 1
+    with pytest.raises(ValueError, match="limit is 1 bytes, but the kept activations need"):
+        keep(gpt2, limit=1)
+    assert kept_files(folder) == paths  # a refusal deletes nothing
+    fourth = keep(gpt2, limit=room)
+    assert kept_files(folder)[0] == first.path  # the oldest, but in use
+    assert not paths[1].exists() and fourth.path.exists()
+    assert sum(path.stat().st_size for path in kept_files(folder)) <= room
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="allowed is a whole number of bytes"):
+            keep(gpt2, limit=wrong)
