@@ -18,8 +18,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from mft_nb.bitmask import magnitude_mask, random_mask, top_k_mask
+from mft_nb.data import load_snippets
 from mft_nb.mask import MFT, MaskConfig, plain_state_dict
-from mft_nb.model import maskable_weights
+from mft_nb.model import load_classifier, maskable_weights
 from mft_nb.selection import scoped_mask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -465,3 +466,19 @@ def test_magnitude_and_random_masks_by_layer():
         assert list(mask) == list(weights)
         assert len(set(mask.density_by_tensor().values())) > 3
         assert all(abs(share - 0.7) < 1e-4 for share in mask.density_by_layer().values())
+
+
+def test_training_in_bfloat16_keeps_scores_in_float32_and_evaluates_as_before():
+    model, tokenizer = load_classifier("minilm")
+    rows = load_snippets()["train"].select(range(64))
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        mft = MFT(model, MaskConfig(precision=precision, epochs=1.0))
+        losses[precision] = np.array(mft.fit(tokenizer, rows, progress=False).loss)[:, 1]
+        assert {scores.dtype for scores in mft.scores} == {torch.float32}
+        assert not torch.is_autocast_enabled("cpu")
+        mft.unload()
+    assert (losses["float32"] != losses["bfloat16"]).any()
+    assert np.allclose(losses["float32"], losses["bfloat16"], atol=1e-2)
+    with pytest.raises(ValueError, match="precision is 'half'; allowed are float32, bfloat16"):
+        MaskConfig(precision="half")
