@@ -34,13 +34,16 @@ def test_a_model_is_measured_whole(monkeypatch):
 
 def test_switches_are_measured_beside_passes():
     found = switch_passes(rounds=4, layers=1, hidden=16, threads=(1,), progress=False)
-    assert {name: len(seconds) for name, seconds in found["1"].items()} == {"switch": 4, "pass": 4}
-    slow = {"switch": [3.1], "pass": [1.0]}
-    quick = {"switch": [3.0], "pass": [1.0]}
+    kinds = ("switch", "pass", "pass in place")
+    assert {name: len(seconds) for name, seconds in found["1"].items()} == dict.fromkeys(kinds, 4)
+    slow = {"switch": [3.1], "pass": [1.0], "pass in place": [0.5]}
+    quick = {"switch": [3.0], "pass": [1.0], "pass in place": [0.5]}
     rows = figures({"happened": {"models": {}, "switch": {"1": slow, "2": quick}}})
     assert [(row["figure"], row["model"], row["limit"], row["met"]) for row in rows] == [
         ("switch / pass", "1 thread", 3.0, False),
+        ("switch / pass in place", "1 thread", None, None),
         ("switch / pass", "2 threads", 3.0, True),
+        ("switch / pass in place", "2 threads", None, None),
     ]
 
 
@@ -48,7 +51,7 @@ def test_records_draw_with_and_without_switches():
     path = sorted(bench.Path(__file__).parents[1].glob("results/bench/cpu-*.json"))[-1]
     record = json.loads(path.read_text())
     without = {**record, "happened": {k: v for k, v in record["happened"].items() if k != "switch"}}
-    times = {"switch": [3.1], "pass": [1.0]}
+    times = {"switch": [3.1], "pass": [1.0], "pass in place": [0.5]}
     record["happened"]["switch"] = {"1": times}
     labels = [
         [text.get_text() for text in ratio_figure(one).axes[0].get_yticklabels()]
