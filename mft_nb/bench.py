@@ -452,7 +452,7 @@ class Bench:
     "Settings of a benchmark run."
 
     models: tuple[str, ...] = ("minilm", "bert_base")  # keys of `MODELS`
-    rounds: dict = field(default_factory=lambda: {"minilm": 15, "bert_base": 9, "llama_1b": 9})
+    rounds: dict = field(default_factory=lambda: {"minilm": 31, "bert_base": 13, "llama_1b": 9})
     sizes: tuple[int, ...] = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8)
     switch_rounds: int = 41  # timed rounds for each number of threads
     device: str = "cpu"  # "cpu" or "cuda"

@@ -131,9 +131,9 @@ class _Masked(nn.Module):
         self._shape = tuple(shape)
         self._bits = None  # of a mask on the CPU, packed
         self._mask = None  # of a mask elsewhere
-        self._stale = None  # bytes of the bits that changed since the copy was made
         self._copy = None
-        self._copy_of = None
+        self._copy_of = None  # the weight that the copy was made of
+        self._copy_bits = None  # the bits that the copy was made with
 
     @property
     def mask(self) -> Tensor:  # bool, in the shape of the weight
@@ -154,13 +154,7 @@ class _Masked(nn.Module):
         if mask.device.type != "cpu":
             self._mask, self._copy = mask, None
             return
-        bits = np.packbits(mask.numpy().reshape(-1))
-        if self._bits is not None and self._copy is not None:
-            changed = np.flatnonzero(bits != self._bits)
-            if self._stale is not None:
-                changed = np.union1d(self._stale, changed)
-            self._stale = changed
-        self._bits, self._mask = bits, None
+        self._bits, self._mask = np.packbits(mask.numpy().reshape(-1)), None
 
     @torch.compiler.disable
     @torch.inference_mode(False)
@@ -172,15 +166,20 @@ class _Masked(nn.Module):
         if self._copy is None or key != self._copy_of:
             self._copy = torch.where(self.mask.to(weight.device), weight, 0)
             self._copy_of = key
-        elif self._stale is not None and len(self._stale):
-            places = (8 * self._stale[:, None] + np.arange(8)).reshape(-1)
-            inside = places < weight.numel()
-            kept = np.unpackbits(self._bits[self._stale]).view(bool)[inside]
-            places = torch.from_numpy(places[inside]).to(weight.device)
-            kept = torch.from_numpy(kept).to(weight.device)
-            self._copy.view(-1)[places] = torch.where(kept, weight.reshape(-1)[places], 0)
-        self._stale = None
+        elif self._copy_bits is not self._bits:
+            self._update_copy(weight)
+        self._copy_bits = self._bits
         return self._copy
+
+    def _update_copy(self, weight):
+        "Write the weights whose bit changed."
+        changed = np.flatnonzero(self._bits != self._copy_bits)
+        bits = self._bits[changed, None]
+        flipped = np.unpackbits(bits ^ self._copy_bits[changed, None], axis=1).view(bool)
+        places = torch.from_numpy((8 * changed[:, None] + np.arange(8))[flipped])
+        kept = torch.from_numpy(np.unpackbits(bits, axis=1).view(bool)[flipped])
+        places, kept = places.to(weight.device), kept.to(weight.device)
+        self._copy.view(-1)[places] = torch.where(kept, weight.reshape(-1)[places], 0)
 
 # %% ../nbs/05b_scores.ipynb #4cba781d
 class MaskedWeight(_Masked):

@@ -145,6 +145,7 @@ def _neuron_mask(scores, keep, dim):
 
 # %% ../nbs/02b_selection.ipynb #0fe78d06
 _FIRST_SHARE, _LARGEST_SHARE = 0.01, 0.08  # of the scores, in the band
+_SMALL_SHARE = 0.001  # in a band that need not become narrower
 
 
 class TopK:
@@ -189,11 +190,21 @@ def _fast(scores):
     return all(score.device.type == "cpu" and score.dtype == torch.float32 for score in scores)
 
 
+_BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
+
+
 def _near_masks(arrays, low, high):
     "For each array: which values lie above the band, and the places of those within."
+    below = np.empty(_BLOCK, dtype=bool)
     for array in arrays:
-        above = array > high
-        yield above, np.flatnonzero(above == (array < low))
+        above, places = np.empty(array.size, dtype=bool), []
+        for start in range(0, array.size, _BLOCK):
+            block = array[start : start + _BLOCK]
+            over = np.greater(block, high, out=above[start : start + len(block)])
+            under = np.less(block, low, out=below[: len(block)])
+            within = np.equal(over, under, out=under)
+            places.append(np.flatnonzero(within) + start)
+        yield above, np.concatenate(places)
 
 # %% ../nbs/02b_selection.ipynb #b8324fbc
 @patch
@@ -217,8 +228,10 @@ def _near(self: TopK, scores, kept):
     for mask, place, part in zip(masks, places, parts, strict=True):
         mask[place[part]] = True
     if 0 < missing < len(values):
-        shift = values[chosen].min() - (low + high) / 2
-        self._band = (low + shift, high + shift)
+        cut, half = values[chosen].min(), (high - low) / 2
+        if len(values) > _SMALL_SHARE * total:  # narrower, but well wider than the last shift
+            half = min(half, max(half / 2, 4 * abs(cut - (low + high) / 2)))
+        self._band = (cut - half, cut + half)
     return [torch.from_numpy(mask) for mask in masks]
 
 # %% ../nbs/02b_selection.ipynb #3febf022
