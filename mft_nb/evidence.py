@@ -438,7 +438,7 @@ def waterfall_figure(
     _headline(figure, f"{title} on the seed recipe's {_points(start)}", note)
     return figure
 
-# %% ../nbs/10b_evidence.ipynb #d3467291
+# %% ../nbs/10b_evidence.ipynb #243535b5
 OURS = "mft_recommended"
 ABLATIONS = {  # (method, variant, keep): name
     (OURS, "", 0.9): "ours: a tenth, middle layers",

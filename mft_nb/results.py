@@ -139,7 +139,7 @@ METHOD_NAMES = {  # in the order of the tables
     "magnitude": "magnitude mask",
 }
 CONTROL_NAMES = {
-    "importance": "mask by importance |w·g|",
+    "importance": "mask by importance",
     "continued": "continued fine-tuning",
     "plain": "the same matrices, trained",
     "lora": "LoRA on the same layers",
