@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from .activations import keep_activations, lowest_layer
 from .bitmask import kept_count, random_mask
+from .controls import add_lora
 from .data import load_data, tokenise, write_whole
 from .experiment import environment
 from .mask import MFT, MaskConfig
@@ -123,12 +124,8 @@ def _way_in_every_forward(by_sort):
 
 # %% ../nbs/14_bench.ipynb #e77a43-1
 def _way_lora(model, config):
-    from peft import LoraConfig, get_peft_model
-
     floor = _way_floor(model, config)
-    targets = [name.removesuffix(".weight") for name in maskable_weights(model)]
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets)
-    wrapped = get_peft_model(floor.model, lora)
+    wrapped = add_lora(floor.model, list(maskable_weights(model)))
     return Trainee(wrapped, [p for p in wrapped.parameters() if p.requires_grad])
 
 
