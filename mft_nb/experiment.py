@@ -56,6 +56,7 @@ from mft_nb.landscape import (
     cut_by_share,
     cut_in_rounds,
     predicted_change,
+    pull_on_scores,
 )
 from .mask import MFT, MaskConfig
 from .model import KNOWN_MODELS, load_classifier, maskable_weights
@@ -183,7 +184,7 @@ _rates = sorted({rate for rates in RATES.values() for rate in rates})
 VARIANTS = FACTORS | CHOICES | {f"rate_{rate:g}": {"learning_rate": rate} for rate in _rates}
 
 # %% ../nbs/09_experiment.ipynb #e4a70002
-INSPECTION_NAMES = ("descent", "landscape", "anatomy")
+INSPECTION_NAMES = ("descent", "landscape", "anatomy", "pull")
 _NO_SHARE = ("none", "gradient_all", *CONTROL_RATES, *INSPECTION_NAMES)  # ask for no share to keep
 
 
@@ -256,7 +257,7 @@ def needed_masks(
 ) -> list[Run]:  # empty for a run that is no inspection
     "The runs whose trained masks an inspection looks at."
     recipes = [method for method in METHOD_NAMES if method.startswith("mft_")]
-    if run.method not in INSPECTION_NAMES:
+    if run.method not in INSPECTION_NAMES or run.method == "pull":
         return []
     mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in recipes]
     if run.method == "anatomy":
@@ -482,6 +483,8 @@ def inspect(
             "overlaps": _overlaps(masks, maskable_weights(model), run.seed)
         }
     rows = _first(rows, INSPECTED_ROWS)
+    if run.method == "pull":
+        return {"rows": len(rows), "pulls": _pulls(run, model, tokenizer, rows)}
     look = Look(tokenizer, rows)
     weights = maskable_weights(model)
     trained = {one.method: mask for one, mask in masks.items()}
@@ -517,6 +520,18 @@ def _descent(model, tokenizer, rows, weights, masks, look):
             for first, second in combinations(named, 2)
         ],
     }
+
+
+def _pulls(run, model, tokenizer, rows):
+    "What pulls at the scores, by recipe, and with the seed experiment's penalty as a mean."
+    seed, found = MaskConfig.seed(), {}
+    recipes = {"mft_seed": seed, "mft_seed, mean": replace(seed, l1_reduction="mean")}
+    recipes |= {f"mft_{name}": MaskConfig.recipe(name) for name in ("paper", "recommended")}
+    for name, config in recipes.items():
+        mft = MFT(model, replace(config, start_seed=run.seed))
+        found[name] = pull_on_scores(mft, tokenizer, rows, config.batch_size)
+        mft.unload()
+    return found
 
 
 def _landscape(model, tokenizer, rows, weights, masks, look):
