@@ -479,9 +479,10 @@ def inspect(
     "Look closer at a checkpoint and its masks."
     masks = {one: load_mask(place.mask(one)).mask for one in needed_masks(run)}
     if run.method == "anatomy":
-        return {"masks": [_anatomy(one, mask, model) for one, mask in masks.items()]} | {
-            "overlaps": _overlaps(masks, maskable_weights(model), run.seed)
-        }
+        small_cut = Run(run.profile, run.seed, run.checkpoint, "magnitude")
+        masks[small_cut] = magnitude_mask(maskable_weights(model), small_cut.keep)
+        looks = [_anatomy(one, mask, model) for one, mask in masks.items()]
+        return {"masks": looks, "overlaps": _overlaps(masks)}
     rows = _first(rows, INSPECTED_ROWS)
     if run.method == "pull":
         return {"rows": len(rows), "pulls": _pulls(run, model, tokenizer, rows)}
@@ -547,6 +548,7 @@ def _anatomy(run, mask, model):
     "Where a mask's zeros lie: by matrix, head and neuron."
     heads = model.config.num_attention_heads
     neurons = {name: mask.density_by_neuron(name) for name in mask}
+    variance = mask.density * (1 - mask.density)
     outputs = [name for name in mask if "attention" in name and name.endswith("dense.weight")]
     outputs += [name for name in mask if name.endswith("attn.o.weight")]  # as MPNet calls it
     return {
@@ -554,14 +556,14 @@ def _anatomy(run, mask, model):
         "density_by_tensor": mask.density_by_tensor(),
         "density_by_head": {name: mask.density_by_head(name, heads).tolist() for name in outputs},
         "neuron_spread": {name: density.std().item() for name, density in neurons.items()},
+        "neuron_chance": {name: (variance / kept.shape[1]) ** 0.5 for name, kept in mask.items()},
         "least_kept_neuron": {name: density.min().item() for name, density in neurons.items()},
     }
 
 
-def _overlaps(masks, weights, seed):
-    "How far masks agree on what they cut, beside chance; magnitude is of this checkpoint."
+def _overlaps(masks):
+    "How far masks agree on what they cut, beside chance."
     named = {(run.seed, run.checkpoint, run.method): mask for run, mask in masks.items()}
-    named[seed, "90", "magnitude"] = magnitude_mask(weights, 0.9)
     return [
         {"first": list(first), "second": list(second), **asdict(overlap(mask, other))}
         for (first, mask), (second, other) in combinations(named.items(), 2)
