@@ -131,6 +131,7 @@ def mft_reproduce(
     "Run what is missing of a profile's experiment, print its table and draw its figures."
     from mft_nb.evidence import EVIDENCE
     from mft_nb.experiment import Place, get_profile, missing_runs, run_missing
+    from mft_nb.inside import INSIDE
     from mft_nb.plots import FIGURES, draw_all
 
     if jobs < 0:
@@ -152,7 +153,7 @@ def mft_reproduce(
     run_missing(runs, place, jobs, engine=engine)
     print_results(place.records(profile), Path("results") / profile)
     if not _newer(Path(out) / "figures", Path(out) / "results"):
-        draw_all(Path(out) / "results", Path(out) / "figures", FIGURES | EVIDENCE)
+        draw_all(Path(out) / "results", Path(out) / "figures", FIGURES | EVIDENCE | INSIDE)
     print(f"figures are in {Path(out) / 'figures'}")
 
 
@@ -187,9 +188,10 @@ def mft_figures(
 ):
     "Draw every figure from records; nothing is trained."
     from mft_nb.evidence import EVIDENCE
+    from mft_nb.inside import INSIDE
     from mft_nb.plots import FIGURES, draw_all
 
-    for path in draw_all(Path(results), Path(figures), FIGURES | EVIDENCE):
+    for path in draw_all(Path(results), Path(figures), FIGURES | EVIDENCE | INSIDE):
         print(path)
 
 

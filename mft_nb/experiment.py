@@ -305,7 +305,7 @@ PUBLISHED = {  # profile: seeds of each study whose records are in the project's
     "sst2": {
         "table": (0, 1, 2, 3, 4),
         "controls": (0, 1, 2, 3, 4),
-        "waterfall": (0, 1, 2),
+        "waterfall": (0, 1, 2, 3, 4),
         "rates": (0, 1),
         "curves": (0, 1, 2),
         "ablations": (0, 1, 2),

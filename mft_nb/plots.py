@@ -106,7 +106,8 @@ def _headline(figure, title, caption):
     figure.text(y=1 - top / height, s="\n".join(title_lines), weight="bold", fontsize=12, **place)
     captioned = {"s": "\n".join(caption_lines), "color": GREY, "fontsize": 9.5}
     figure.text(y=1 - (top + between) / height, **captioned, **place)
-    figure.draw_without_rendering()
+    for _ in range(2):  # the layout moves labels, and then minds what they need
+        figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else each drawing would move the panels a little further
 
 # %% ../nbs/10_plots.ipynb #917f15be

@@ -44,6 +44,9 @@ def test_notebook_is_clean(path):
         assert not re.search(r"#\s*\|\s*eval:\s*false", source), source
         outputs = cell.get("outputs", [])
         assert not any(output["output_type"] == "error" for output in outputs)
+        shown = [output["data"] for output in outputs if "data" in output]
+        figures = [data for data in shown if "<Figure" in "".join(data.get("text/plain", ""))]
+        assert all("image/png" in data for data in figures), f"no picture of {source}"
         # a warning names files of the machine that ran the notebook
         assert not any(output.get("name") == "stderr" for output in outputs), source
     opening = "".join(notebook["cells"][0]["source"])

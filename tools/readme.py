@@ -29,18 +29,20 @@ def main(folder=ROOT):
     exporter = MarkdownExporter()
     for cell in notebook.cells:
         exporter.exclude_input = cell.id in hidden
-        page = nbformat.v4.new_notebook(cells=[cell])
-        text, extra = exporter.from_notebook_node(page)
+        alone = nbformat.v4.new_notebook(cells=[cell])
+        text, extra = exporter.from_notebook_node(alone)
         for name, content in extra["outputs"].items():
             picture = f"figures/front_page_{len(pictures)}.png"
             pictures[picture] = content
             text = text.replace(f"({name})", f"({picture})")
         pieces.append(text.strip())
+    page = "\n\n".join(filter(None, pieces))
+    page = re.sub(r"\]\((?!https?:)([\w/]+\.ipynb)\)", r"](nbs/\1)", page)  # from the top folder
     header = "<!-- made from nbs/index.ipynb by `make readme` -->\n\n"
     (folder / "figures").mkdir(exist_ok=True)
     for picture, content in pictures.items():
         (folder / picture).write_bytes(content)
-    (folder / "README.md").write_text(header + "\n\n".join(filter(None, pieces)) + "\n")
+    (folder / "README.md").write_text(header + page + "\n")
 
 
 if __name__ == "__main__":
