@@ -184,7 +184,8 @@ def effects_figure(
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, checkpoint in zip(panels, shown, strict=True):
         _effect_rows(axes, found[found.checkpoint == checkpoint], frame, names)
-        axes.set_title(CHECKPOINT_NAMES[checkpoint])
+        count = frame[frame.checkpoint == checkpoint].seed.nunique()
+        axes.set_title(f"{CHECKPOINT_NAMES[checkpoint]}, n = {count}")
     panels[0].set_yticks(range(len(names)), names.values())
     panels[0].invert_yaxis()
     panels[len(panels) // 2].set_xlabel("difference to the untreated checkpoint (points)")
@@ -263,7 +264,7 @@ def descent_figure(
         ]
         look = {"label": name, "color": color, "marker": marker, "ms": 4}
         _mean_curve(line, lines, "at", "loss", **look)
-    line.set(xlabel="share of the way to the mask", ylabel="training loss")
+    line.set(xlabel="share of the way to the mask", ylabel="training loss", yscale="log")
     line.legend(**BELOW)
     _predicted_panel(change, records)
     _rounds_panel(rounds, records)
@@ -330,11 +331,12 @@ def landscape_figure(
         tables = []
         for record in records:
             points = pd.DataFrame(record["happened"]["around"][method])
-            tables.append(points.groupby("at", as_index=False).loss.mean())
-        rises[method] = [table.loss.iloc[-1] - table.loss.iloc[0] for table in tables]
+            table = points.groupby("at", as_index=False).loss.mean()
+            tables.append(table.assign(rise=table.loss - table.loss.iloc[0]))
+        rises[method] = [table.rise.iloc[-1] for table in tables]
         look = {"color": COLORS[method], "marker": MARKERS[method], "ms": 5}
-        _mean_curve(axes, tables, "at", "loss", label=METHOD_NAMES[method], **look)
-    axes.set(xlabel="distance, in lengths of the weights' rows", ylabel="training loss")
+        _mean_curve(axes, tables, "at", "rise", label=METHOD_NAMES[method], **look)
+    axes.set(xlabel="distance, in lengths of the weights' rows", ylabel="rise of the training loss")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     seeds = [record["asked"]["seed"] for record in records]
     far = max(point["at"] for point in records[0]["happened"]["around"]["none"])
@@ -375,7 +377,7 @@ def agreement_figure(
     "How far masks agree on what they cut."
     pairs = agreement(folder)
     means = pairs.groupby("pair").share.mean().sort_values(ascending=False)
-    figure = Figure(figsize=(6, 0.34 * len(means) + 1), layout="constrained")
+    figure = Figure(figsize=(7, 0.3 * len(means) + 1), layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(means.index):
         mine = 100 * pairs.share[pairs.pair == name]
@@ -386,10 +388,12 @@ def agreement_figure(
     axes.set(xlabel="cuts in common (%)", xlim=(0, None))
     axes.legend()
     seeds = [record["asked"]["seed"] for record in read_inspections(folder, "anatomy")]
-    ours = {name: share for name, share in means.items() if name.startswith("recommended")}
-    title = "; ".join(f"{name}: {100 * share:.0f} %" for name, share in ours.items())
+    seeds_share = 100 * means["recommended: two seeds"]
+    small_share = 100 * means["recommended and magnitude mask"]
+    title = f"Our masks share {seeds_share:.0f} % of their cuts with those of another seed, "
+    title += f"{small_share:.0f} % with a magnitude mask"
     note = f"{_where(folder, seeds)} Best checkpoint, masks of a tenth. A dot a pair of masks."
-    _headline(figure, f"Cuts in common: {title}", note)
+    _headline(figure, title, note)
     return figure
 
 # %% ../nbs/10b_evidence.ipynb #b2a8be1d
@@ -587,6 +591,7 @@ class Claim:
     method: str  # likewise
     effect: float  # difference of accuracies, a fraction; of the sign claimed where it has no size
     keep: float = 0.9  # share kept
+    comparable: bool = True  # whether the size of the effect means something on our task
 
 
 SEED = "seed experiment"
@@ -612,7 +617,7 @@ CLAIMS = (
     Claim(SEED, "MFT helps the untrained head", "49.54 to 53.78 %", "baseline", "mft_seed", 0.0424),
     Claim(SEED, "MFT hurts the 75 % model", "77.98 to 65.71 %", "75", "mft_seed", -0.1227),
     Claim(SEED, "MFT hurts the 90 % model", "90.37 to 87.04 %", "90", "mft_seed", -0.0333),
-    Claim(SEED, "masking 90 % is catastrophic", "no number", "90", "mft_seed", -0.3, 0.1),
+    Claim(SEED, "masking 90 % is catastrophic", "no number", "90", "mft_seed", -0.3, 0.1, False),
     Claim(
         "paper",
         "MFT improves a fully fine-tuned model",
@@ -620,6 +625,7 @@ CLAIMS = (
         "90",
         "mft_paper",
         0.006,
+        comparable=False,
     ),
 )
 
@@ -627,6 +633,7 @@ CLAIMS = (
 def judge(
     claimed: float,  # effect that was claimed, a fraction
     effect: pd.Series | None,  # a row of `effects`; None: no runs
+    comparable: bool = True,  # False: only the sign of the claim counts
 ) -> str:  # "replicates", "does not", "cannot be told" or "not run"
     "Whether our effect agrees with a claimed one."
     if effect is None:
@@ -635,7 +642,9 @@ def judge(
         return "cannot be told"
     if effect.low > 0 or effect.high < 0:
         return "replicates" if effect.difference * claimed > 0 else "does not"
-    return "cannot be told" if effect.low <= claimed <= effect.high else "does not"
+    if not comparable or effect.low <= claimed <= effect.high:
+        return "cannot be told"
+    return "does not"
 
 
 def ledger(
@@ -652,7 +661,8 @@ def ledger(
         one = mine.iloc[0] if len(mine) else None
         row = {"source": claim.source, "claim": claim.text, "reported": claim.number}
         row["ours, points [95 %]"], row["seeds"] = _ours(one)
-        rows.append(row | {"setting": setting, "verdict": judge(claim.effect, one)})
+        found_out = judge(claim.effect, one, claim.comparable)
+        rows.append(row | {"setting": setting, "verdict": found_out})
     return pd.DataFrame(rows)
 
 

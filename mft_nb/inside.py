@@ -71,7 +71,7 @@ def _course_records(folder):
     whole = {key: [read_record(paths[seed]) for seed in seeds] for key, paths in found.items()}
     return whole, seeds
 
-# %% ../nbs/10c_inside.ipynb #b178ace5
+# %% ../nbs/10c_inside.ipynb #58b01617
 @rc_context(STYLE)
 def course_figure(
     folder: str | Path,  # of one profile's records
@@ -79,6 +79,7 @@ def course_figure(
     "What the penalty does to scores, accuracy and mask during a training on the best checkpoint."
     records, seeds = _course_records(folder)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     panels = figure.subplots(1, 3)
     ends = {}
     for key, (name, color, marker) in COURSES.items():
@@ -89,7 +90,7 @@ def course_figure(
                 axes.plot(table.step, table[column], color=color, lw=0.6, alpha=0.6)
             mean = pd.concat(tables).groupby("step")[column].mean()
             axes.plot(mean.index, mean, color=color, marker=marker, ms=5, label=name)
-    labels = ("mean size of a score", "watched accuracy (%)", "mask bits changed (%)")
+    labels = ("mean size of a score", "accuracy (%)", "mask bits changed (%)")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
     panels[0].set_yscale("log")
@@ -102,10 +103,12 @@ def course_figure(
     title = f"The summed penalty shrinks the scores to {_between(left, '{:.2g}')} %"
     title += f" of their start; on the way accuracy falls to {_between(lowest, '{:.0f}')} %"
     note = f"{_where(folder, seeds)} Best checkpoint. Thin lines: seeds; thick: their mean. "
-    _headline(figure, title, note + "Size: from the penalty, so of those with one.")
+    note += "Size of a score: from the penalty, so of the recipes with one. "
+    note += "Accuracy: on the few validation sentences watched in training."
+    _headline(figure, title, note)
     return figure
 
-# %% ../nbs/10c_inside.ipynb #4064a9ce
+# %% ../nbs/10c_inside.ipynb #1c4add0f
 PULL_NAMES = {
     "mft_seed": "seed recipe, L1 summed",
     "mft_seed, mean": "seed recipe, L1 averaged",
@@ -125,8 +128,8 @@ def pull_table(
         row = {"recipe": name, "task's gradient": f"{pulls.task:.1e}"}
         row["penalty's"] = f"{pulls.penalty:.1e}" if pulls.penalty else "0"
         row["outweighed, % of scores"] = f"{100 * pulls.outweighed:.2g}"
-        row["size of a score"] = f"{pulls['size']:.3f}"
-        row["steps from there to zero"] = f"{pulls.steps_to_zero:.0f}"
+        row["median size of a score"] = f"{pulls['size']:.3f}"
+        row["size / rate, steps"] = f"{pulls.steps_to_zero:.0f}"
         name = f"seed{records[0]['asked']['seed']}-90-{key.split(',')[0]}.json"
         row["steps taken"] = read_record(Path(folder) / name)["happened"]["curves"]["steps"]
         rows.append(row)
