@@ -312,7 +312,8 @@ def table_notes(
     if 0 < flips <= 1 and np.isfinite(gain):
         notes.append(
             f"On FFT 90 % the median trained mask flips {100 * flips:.1f} % of the predictions; "
-            f"with so many, one seed can detect a gain of {100 * gain:.1f} points (80 % power, two-sided 5 %)."
+            f"with so many, one seed can detect a gain of {100 * gain:.1f} points (80 % power, "
+            "two-sided 5 %)."
         )
     notes.append("p-values are not adjusted for their number.")
     return "\n".join(filter(None, notes))
