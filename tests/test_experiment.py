@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mft_nb.experiment import Place, missing_runs, run_missing
-from mft_nb.results import CHANGING, read_predictions, read_records
+from mft_nb.experiment import Place, Run, do_run, missing_runs, run_missing
+from mft_nb.results import CHANGING, read_predictions, read_record, read_records
 from tests.tiny import PROFILE, RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +73,16 @@ def test_a_ray_cluster_of_two_workers_makes_the_same_records(whole, tmp_path):
     one = read_records(Place(str(whole)).records("tiny"))
     two = read_records(Place(str(tmp_path)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]
+
+
+def test_the_pull_on_scores_is_recorded(whole):
+    place = Place(str(whole))
+    run = Run("tiny", 0, "90", "pull", 1.0, "inspections")
+    pulls = read_record(do_run(run, PROFILE, place, {"progress": False}))["happened"]["pulls"]
+    assert pulls["mft_seed"]["penalty"] == 1e-4
+    assert pulls["mft_seed"]["task"] == pulls["mft_seed, mean"]["task"] > 0
+    assert pulls["mft_seed"]["outweighed"] > pulls["mft_seed, mean"]["outweighed"]
+    assert pulls["mft_paper"]["penalty"] == pulls["mft_recommended"]["penalty"] == 0
 
 
 def test_an_unknown_engine_is_refused(tmp_path):
