@@ -184,7 +184,9 @@ def effects_figure(
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, checkpoint in zip(panels, shown, strict=True):
         _effect_rows(axes, found[found.checkpoint == checkpoint], frame, names)
-        count = frame[frame.checkpoint == checkpoint].seed.nunique()
+        counts = found[(found.checkpoint == checkpoint) & found.method.isin(list(names))].seeds
+        fewest, most = counts.min(), counts.max()
+        count = f"{most}" if fewest == most else f"{fewest}\N{EN DASH}{most}"
         axes.set_title(f"{CHECKPOINT_NAMES[checkpoint]}, n = {count}")
     panels[0].set_yticks(range(len(names)), names.values())
     panels[0].invert_yaxis()
