@@ -390,10 +390,11 @@ def agreement_figure(
     axes.set(xlabel="cuts in common (%)", xlim=(0, None))
     axes.legend()
     seeds = [record["asked"]["seed"] for record in read_inspections(folder, "anatomy")]
-    seeds_share = 100 * means["recommended: two seeds"]
-    small_share = 100 * means["recommended and magnitude mask"]
-    title = f"Our masks share {seeds_share:.0f} % of their cuts with those of another seed, "
-    title += f"{small_share:.0f} % with a magnitude mask"
+    title = "Our masks share "
+    if "recommended: two seeds" in means:  # not where one seed alone was inspected
+        share = 100 * means["recommended: two seeds"]
+        title += f"{share:.0f} % of their cuts with those of another seed, "
+    title += f"{100 * means['recommended and magnitude mask']:.0f} % with a magnitude mask"
     note = f"{_where(folder, seeds)} Best checkpoint, masks of a tenth. A dot a pair of masks."
     _headline(figure, title, note)
     return figure
@@ -453,6 +454,8 @@ def waterfall_figure(
     repairs = effects(against(results_frame(folder, ("waterfall",)), "mft_seed"))
     repairs = repairs[repairs.checkpoint == "90"].set_index(["method", "variant", "keep"])
     alone = {key: name for key, name in ALONE.items() if key in repairs.index}
+    if not alone:
+        raise MissingRecords(f"{folder} has no runs of the study waterfall with one change alone.")
     figure = Figure(figsize=(8, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     _effect_bars(left, found, steps)
@@ -504,6 +507,8 @@ def ablations_figure(
     _effect_bars(axes, found, names)
     axes.set_xlabel("difference to no mask (points)")
     ours = {key: ABLATIONS[key] for key in names if key[0] == OURS}
+    if not ours:
+        raise MissingRecords(f"{folder} has no runs of our recipe on the best checkpoint.")
     best = max(ours, key=lambda key: found.loc[key].difference)
     worst = min(ours, key=lambda key: found.loc[key].difference)
     title = f"From {_points(found.loc[worst].difference)} ({ours[worst]}) to "

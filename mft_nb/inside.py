@@ -236,6 +236,8 @@ def turned_figure(
 ) -> Figure:  # two panels; MissingRecords without runs on the best checkpoint
     "Sentences that masks fix and break on the best checkpoint, and how sure it was of them."
     found = turned(folder)
+    if not (found.method == "mft_recommended").any():
+        raise MissingRecords(f"{folder} has no runs of our recipe on the best checkpoint.")
     shown = [method for method in (*SHAPED, "random") if (found.method == method).any()]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     counts, share = figure.subplots(1, 2)

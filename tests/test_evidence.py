@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mft_nb import evidence, plots
+from mft_nb import evidence, inside, plots
 from mft_nb.experiment import plan
 from mft_nb.results import prediction_rows, results_frame, summary, write_record
 
@@ -67,3 +67,16 @@ def test_without_records_a_figure_says_so(tmp_path):
     for draw in evidence.EVIDENCE.values():
         with pytest.raises((plots.MissingRecords, FileNotFoundError), match="records|runs|insp"):
             draw(tmp_path)
+
+
+def test_half_a_study_is_drawn_or_refused_by_name(folder, tmp_path):
+    for name in ("seed0-90-none", "seed0-90-mft_seed"):
+        for path in folder.glob(f"{name}.*"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(plots.MissingRecords, match="our recipe"):
+        inside.turned_figure(tmp_path)
+    (tmp_path / "waterfall").mkdir()
+    for path in (folder / "waterfall").glob("seed0-90-mft_seed-l1_start.*"):
+        (tmp_path / "waterfall" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(plots.MissingRecords, match="one change alone"):
+        evidence.waterfall_figure(tmp_path)
