@@ -125,9 +125,7 @@ PROFILES["base"] = replace(
     PROFILES["sst2"],
     name="base",
     model="mpnet",
-    fine_tuning=TrainConfig(
-        learning_rate=3e-5, max_steps=300, batch_size=32, precision="bfloat16"
-    ),
+    fine_tuning=TrainConfig(learning_rate=3e-5, max_steps=300, batch_size=32, precision="bfloat16"),
     late_every=10,
     look_rows=300,
     watch_rows=100,
@@ -211,6 +209,7 @@ STUDIES = {  # name: what is run for each seed
         *_cells(("90",), ("mft_recommended",), variants=CHOICES),
         *_cells(("90",), ("mft_recommended",), (0.25, 0.95, 0.99)),
         *_cells(("90",), ("mft_seed",), (0.1,)),
+        *_cells(("90",), ("continued",), variants=("rows_24000",)),
     ],
     "inspections": [*_cells(("90",), INSPECTION_NAMES)],
 }
@@ -367,8 +366,10 @@ class Place:
 
     def mask(self, run: Run) -> Path:  # out/masks/PROFILE/.../NAME.safetensors
         "The file of a run's trained mask."
-        folder = Path(self.out) / "masks" / self.records(run.profile, run.study).relative_to(
-            Path(self.out) / "results"
+        folder = (
+            Path(self.out)
+            / "masks"
+            / self.records(run.profile, run.study).relative_to(Path(self.out) / "results")
         )
         return folder / f"{run.name}.safetensors"
 

@@ -74,7 +74,8 @@ GLUE = "\N{NO-BREAK SPACE}"  # where a title should not be broken
 
 def _points(share):
     "A difference of two accuracies, in points, with a sign."
-    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+    rounded = round(100 * share, 1) + 0.0  # no minus before a zero
+    return f"{rounded:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _percent(share):

@@ -98,6 +98,7 @@ def _check_pair(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.n
 @dataclass(frozen=True)
 class Interval:
     "An estimate with the interval around it; prints in percent or in signed points."
+
     estimate: float  # a fraction, 0.9 for 90 %
     low: float  # lower end, a fraction
     high: float  # upper end, a fraction, not below `low`
@@ -144,6 +145,7 @@ def wilson(
 @dataclass(frozen=True)
 class PairedTest:
     "What changed between two models on the same examples, and whether chance would do as much."
+
     fixed: int  # examples that went from wrong to right
     broken: int  # examples that went from right to wrong
     n: int  # examples scored

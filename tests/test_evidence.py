@@ -5,6 +5,7 @@ import pytest
 
 from mft_nb import evidence, inside, plots
 from mft_nb.experiment import plan
+from mft_nb.ledger import PAPER, SEED, ledger
 from mft_nb.results import prediction_rows, results_frame, summary, write_record
 
 STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
@@ -51,6 +52,13 @@ def test_effects_find_what_was_put_in(folder):
 def test_each_figure_is_drawn(name, folder, tmp_path):
     figure = evidence.EVIDENCE[name](folder)
     assert plots.save_figure(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_ledger_judges_what_was_put_in(folder):
+    verdicts = ledger(folder, {SEED: "", PAPER: ""}).set_index("claim").verdict
+    assert verdicts["MFT hurts the 90 % model"] == "replicates"
+    assert verdicts["it does better than fine-tuning on"] == "does not"
+    assert verdicts["the loss is flatter around the masked model"] == "not run"
 
 
 def test_the_waterfall_names_the_repair(folder):
