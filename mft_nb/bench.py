@@ -674,7 +674,7 @@ def mft_bench(
     print_figures(record)
     print(f"\nrecord: {path}")
 
-
+# %% ../nbs/14_bench.ipynb #d292a238
 def print_figures(
     record: dict,  # of a run
 ) -> None:

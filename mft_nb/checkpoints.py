@@ -115,7 +115,7 @@ def rungs_done(
     models = all((folder / name / "rung.json").exists() for name in RUNGS)
     return models and (folder / "fine_tuning.json").exists()
 
-
+# %% ../nbs/04_checkpoints.ipynb #bb3bec00
 def fine_tune_rungs(
     source: str | Path,  # a known model name, a folder or a hub id
     rows: Dataset,  # training rows: columns sentence, label

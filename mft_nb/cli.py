@@ -156,7 +156,7 @@ def mft_reproduce(
         draw_all(Path(out) / "results", Path(out) / "figures", FIGURES | EVIDENCE | INSIDE)
     print(f"figures are in {Path(out) / 'figures'}")
 
-
+# %% ../nbs/11_cli.ipynb #ffba10bd
 def _asked_runs(profile, seeds, studies, share):
     "The runs that the options of `mft_reproduce` name."
     from mft_nb.experiment import plan, published_plan, shard
@@ -194,7 +194,7 @@ def mft_figures(
     for path in draw_all(Path(results), Path(figures), FIGURES | EVIDENCE | INSIDE):
         print(path)
 
-
+# %% ../nbs/11_cli.ipynb #c2453f90
 @call_parse
 @_plain_errors
 def mft_results(

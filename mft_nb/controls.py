@@ -80,7 +80,7 @@ def train_control(
             model.get_parameter(name).requires_grad_(True)
         return train(model, tokenizer, rows, config, **options)
 
-
+# %% ../nbs/06b_controls.ipynb #85d90c88
 @contextmanager
 def _frozen(model):
     "Freeze every weight and silence dropout; afterwards all is as it was before."

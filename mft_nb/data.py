@@ -204,7 +204,7 @@ def read_table(
         )
     return _check_rows(frame[wanted], path)
 
-
+# %% ../nbs/00_data.ipynb #acfa258c
 def _check_rows(frame, path):
     "A clean frame, or a ValueError that names the first bad row (1 stands under the header)."
     if frame.empty:

@@ -378,7 +378,7 @@ class Place:
         "The folder of a seed's checkpoints."
         return Path(self.out) / "checkpoints" / profile / f"seed{seed}"
 
-
+# %% ../nbs/09_experiment.ipynb #3aef1579
 @lru_cache(maxsize=2)
 def _data(name, folder):
     "A data set and its fingerprint, loaded once a process."
@@ -428,7 +428,7 @@ def treat(
     cut = importance_mask if run.method == "importance" else fastest_mask
     return cut(weights, gradients, run.keep), {}
 
-
+# %% ../nbs/09_experiment.ipynb #4da32c6d
 def _changes(run, profile):
     "The settings that a run's variant and its profile change, without the number of rows."
     changes = {"precision": profile.precision} | VARIANTS.get(run.variant, {})
@@ -751,7 +751,7 @@ def _work(task, profile, place, progress):
         return do_run(task, profile, place, bar).stem
     return do_fine_tuning(task, profile, place, bar).stem
 
-
+# %% ../nbs/09_experiment.ipynb #a1af73b7
 def missing_runs(
     runs: list[Run],  # a plan
     place: Place,  # where records are looked for

@@ -165,7 +165,7 @@ def mask_shapes(
                 rows.append(row | {"heads": mask["density_by_head"].get(name)})
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/10c_inside.ipynb #dff2380d
 @rc_context(STYLE)
 def shapes_figure(
     folder: str | Path,  # of one profile's records
@@ -229,7 +229,7 @@ def turned(
         raise MissingRecords(f"{folder} has no treated runs beside the untreated {checkpoint}.")
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../nbs/10c_inside.ipynb #48fb1ace
 @rc_context(STYLE)
 def turned_figure(
     folder: str | Path,  # of one profile's records

@@ -128,40 +128,45 @@ class MaskConfig:
         for name in _LOWEST:
             self._check_number(name)
 
-    def _check_number(self, name):
-        value = getattr(self, name)
-        kinds = int if name in _WHOLE else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            kind = "whole number" if name in _WHOLE else "number"
-            raise TypeError(f"{name} is {value!r}; allowed is a {kind}.")
-        if name == "warmup_ratio" and value > 1:
-            raise ValueError(f"warmup_ratio is {value}; allowed is 0 to 1, a share of all steps.")
-        lowest, included = _LOWEST[name]
-        if not (value > lowest or (included and value == lowest)) or value == float("inf"):
-            limit = f"{lowest} or more" if included else f"above {lowest}"
-            raise ValueError(f"{name} is {value}; allowed is {limit}.")
+# %% ../nbs/06_mask.ipynb #cfgdict1
+@patch
+def _check_number(self: MaskConfig, name):
+    value = getattr(self, name)
+    kinds = int if name in _WHOLE else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "whole number" if name in _WHOLE else "number"
+        raise TypeError(f"{name} is {value!r}; allowed is a {kind}.")
+    if name == "warmup_ratio" and value > 1:
+        raise ValueError(f"warmup_ratio is {value}; allowed is 0 to 1, a share of all steps.")
+    lowest, included = _LOWEST[name]
+    if not (value > lowest or (included and value == lowest)) or value == float("inf"):
+        limit = f"{lowest} or more" if included else f"above {lowest}"
+        raise ValueError(f"{name} is {value}; allowed is {limit}.")
 
-    def to_dict(self) -> dict:  # plain values for JSON
-        "All fields, layers and patterns as lists."
-        plain = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-        return plain | {"schedule": [list(pair) for pair in self.schedule]}
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # fields by name, as `to_dict` gives them
-    ) -> "MaskConfig":  # ValueError for an unknown field
-        "A config from plain values."
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ValueError(
-                f"MaskConfig has no field {unknown[0]!r}; its fields are {', '.join(known)}."
-            )
-        return cls(**values)
+@patch
+def to_dict(self: MaskConfig) -> dict:  # plain values for JSON
+    "All fields, layers and patterns as lists."
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(self).items()
+    }
+    return plain | {"schedule": [list(pair) for pair in self.schedule]}
+
+
+@patch(cls_method=True)
+def from_dict(
+    cls: MaskConfig,
+    values: dict,  # fields by name, as `to_dict` gives them
+) -> MaskConfig:  # ValueError for an unknown field
+    "A config from plain values."
+    known = [field.name for field in fields(cls)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(
+            f"MaskConfig has no field {unknown[0]!r}; its fields are {', '.join(known)}."
+        )
+    return cls(**values)
 
 # %% ../nbs/06_mask.ipynb #a49f1856
 RECIPES = ("seed", "paper", "recommended")

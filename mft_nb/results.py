@@ -171,7 +171,7 @@ def results_frame(
     order = ["seed", "checkpoint", "method", "keep", "variant"]
     return frame.sort_values(order, ignore_index=True)
 
-
+# %% ../nbs/08_results.ipynb #32f08b2f
 def _frame_row(record, correct, bases):
     "One run as a row; the paired columns are NaN where the unmasked run is missing."
     asked, test = record["asked"], record["happened"]["test"]

@@ -300,6 +300,18 @@ def _last_whole_checkpoint(place):
     return get_last_checkpoint(place) if place.is_dir() else None
 
 # %% ../nbs/03_train.ipynb #3d8af540
+def _take_folder(folder, model, tokens, config, context, activations):
+    "Refuse a folder that holds something else than this training."
+    _check_own(folder)
+    digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
+    model_digest = weights_sha256(dict(model.named_parameters()))
+    asked = asdict(config) | {"rows": digest.hexdigest(), "model": model_digest}
+    asked |= context or {}
+    if activations is not None:
+        asked["activations"] = activations.first_layer
+    same_run(folder, json.loads(json.dumps(asked)))
+
+# %% ../nbs/03_train.ipynb #d73cee9e
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
     tokenizer,  # its tokenizer
@@ -325,14 +337,7 @@ def train(
     tokens = tokenise(rows, tokenizer, config.max_length)
     look_activations = _look_activations(activations, tokens, validation, tokenizer, config)
     if folder:
-        _check_own(Path(folder))
-        digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
-        model_digest = weights_sha256(dict(model.named_parameters()))
-        asked = asdict(config) | {"rows": digest.hexdigest(), "model": model_digest}
-        asked |= context or {}
-        if activations is not None:
-            asked["activations"] = activations.first_layer
-        same_run(Path(folder), json.loads(json.dumps(asked)))
+        _take_folder(Path(folder), model, tokens, config, context, activations)
     history = History()
     bar = {"desc": label, "disable": not progress, "position": position}
 
