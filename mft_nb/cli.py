@@ -379,6 +379,9 @@ def mft_fit(
     print(f"{len(held)} held-out sentences, {len(train_rows)} trained on")
     print(_describe(before, after, held.with_format("numpy")["label"][:]))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
+    if (Path(out) / "README.md").exists():
+        old = "is of an earlier mask; mft_nb.card.write_card makes it anew"
+        print(f"{Path(out) / 'README.md'} {old}", file=sys.stderr)
 
 # %% ../nbs/11_cli.ipynb #4f22ff-1
 def _write_history(path, history):

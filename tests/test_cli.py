@@ -177,16 +177,19 @@ def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):
     out.mkdir()
     (out / "mask.safetensors").write_bytes(b"weeks of work")
     (out / "notes.txt").write_text("mine")
+    (out / "README.md").write_text("a card")
     options = {"model": str(files / "model"), "data": str(files / "rows.csv"), "out": str(out)}
     status, said = call_here("mft_fit", capsys, **options)
     check_refusal(status, said, "holds a mask already. Name another folder, or give --overwrite")
     status, said = call_here("mft_fit", capsys, **options | {"out": str(out / "notes.txt")})
     check_refusal(status, said, "which is a file")
-    assert sorted(path.name for path in out.iterdir()) == ["mask.safetensors", "notes.txt"]
+    kept = {"README.md", "mask.safetensors", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == kept
     assert (out / "mask.safetensors").read_bytes() == b"weeks of work"
     options |= {"overwrite": True, "quiet": True, "epochs": 0.1, "layers": "2"}
     options |= {"batch_size": 8, "scope": "neuron", "keep_activations": True}
-    assert call_here("mft_fit", capsys, **options)[0] == 0
+    status, said = call_here("mft_fit", capsys, **options)
+    assert status == 0 and "README.md is of an earlier mask" in said
     assert len([*(tmp_path / "cache" / "activations").glob("*.bin")]) == 1
     assert (out / "notes.txt").read_text() == "mine"
     saved = load_mask(out / "mask.safetensors")
