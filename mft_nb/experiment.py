@@ -205,7 +205,10 @@ STUDIES = {  # name: what is run for each seed
         for cell in _cells(("90", "baseline"), (method,), variants=[f"rate_{r:g}" for r in rates])
     ],
     "waterfall": [*_cells(("90",), ("mft_seed",), variants=FACTORS)],
-    "penalty": [*_cells(("90",), ("mft_seed",), variants=("l1_mean",))],
+    "checks": [
+        *_cells(("90",), ("mft_seed",), variants=("l1_mean",)),
+        *_cells(("90",), ("continued",)),
+    ],
     "ablations": [
         *_cells(("90",), ("mft_recommended",), variants=CHOICES),
         *_cells(("90",), ("mft_recommended",), (0.25, 0.95, 0.99)),
@@ -311,7 +314,7 @@ PUBLISHED = {  # profile: seeds of each study whose records are in the project's
         "ablations": (0, 1, 2),
         "inspections": (0, 1, 2),
     },
-    "base": {"table": (0, 1, 2), "penalty": (0, 1, 2)},
+    "base": {"table": (0, 1, 2), "checks": (0, 1, 2)},
 }
 
 
