@@ -208,6 +208,7 @@ STUDIES = {  # name: what is run for each seed
     "checks": [
         *_cells(("90",), ("mft_seed",), variants=("l1_mean",)),
         *_cells(("90",), ("continued",)),
+        *_cells(("75", "90"), ("random",), (0.1,)),
     ],
     "ablations": [
         *_cells(("90",), ("mft_recommended",), variants=CHOICES),
