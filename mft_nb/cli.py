@@ -89,7 +89,7 @@ def print_results(
     frame = results_frame(folder)
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_rows", 99):
         print(results_table(frame).to_string(index=False))
-    print(table_notes(folder, frame))
+    print(table_notes(folder, frame), "p-values are not adjusted for their number.", sep="\n")
     if (
         published
         and Path(published).is_dir()

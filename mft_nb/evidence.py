@@ -71,7 +71,7 @@ def _effect(runs):
     row |= {"validation": runs.validation.mean(), "n": int(runs.n.iloc[0])}
     row |= {"low": np.nan, "high": np.nan, "p_value": np.nan, "detectable": np.nan}
     spread = differences.std(ddof=1) if len(runs) > 1 else 0.0
-    if spread > 0:
+    if spread > 1e-12:
         over = seed_interval(differences, unit="points")
         row |= {"low": over.low, "high": over.high}
         row["p_value"] = float(ttest_1samp(differences, 0).pvalue)
@@ -167,7 +167,8 @@ def effects_table(
         tested = row.p_holm == row.p_holm
         entry["p, Holm"] = p_text(row.p_holm) if tested else ""
         entry["detectable"] = f"{100 * row.detectable:.1f}" if tested else ""
-        entry["verdict"] = verdict(row) if tested else "one seed"
+        untested = "one seed" if row.seeds == 1 else "no spread"
+        entry["verdict"] = verdict(row) if tested else untested
         rows.append(entry)
     return pd.DataFrame(rows)
 

@@ -315,7 +315,6 @@ def table_notes(
             f"with so many, one seed can detect a gain of {100 * gain:.1f} points (80 % power, "
             "two-sided 5 %)."
         )
-    notes.append("p-values are not adjusted for their number.")
     return "\n".join(filter(None, notes))
 
 

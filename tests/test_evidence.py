@@ -5,7 +5,7 @@ import pytest
 
 from mft_nb import evidence, inside, plots
 from mft_nb.experiment import plan
-from mft_nb.ledger import PAPER, SEED, ledger
+from mft_nb.ledger import PAPER, PROGRAM, SEED, ledger
 from mft_nb.results import prediction_rows, results_frame, summary, write_record
 
 STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
@@ -55,9 +55,10 @@ def test_each_figure_is_drawn(name, folder, tmp_path):
 
 
 def test_the_ledger_judges_what_was_put_in(folder):
-    verdicts = ledger(folder, {SEED: "", PAPER: ""}).set_index("claim").verdict
+    settings = dict.fromkeys((SEED, PROGRAM, PAPER), "")
+    verdicts = ledger(folder, settings).set_index("claim").verdict
     assert verdicts["MFT hurts the 90 % model"] == "replicates"
-    assert verdicts["it does better than fine-tuning on"] == "does not"
+    assert verdicts["it does better than full fine-tuning, here further"] == "does not"
     assert verdicts["the loss is flatter around the masked model"] == "not run"
 
 

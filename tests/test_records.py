@@ -13,7 +13,7 @@ from mft_nb.inside import INSIDE
 from mft_nb.results import read_predictions, read_records, results_frame, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2)}
+PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("profile", PLANS)
