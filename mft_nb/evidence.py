@@ -224,7 +224,8 @@ def effects_figure(
     panels[0].invert_yaxis()
     panels[len(panels) // 2].set_xlabel("difference to the untreated checkpoint (points)")
     seeds = sorted(set(frame.seed))
-    note = " Bars: 95 % intervals over seeds where there are several; dots: seeds."
+    note = " Bars: 95 % intervals over seeds where there are several; dots: seeds. Each panel has "
+    note += "its own scale."
     _headline(figure, _effects_title(found), _where(folder, seeds, int(frame.n.iloc[0])) + note)
     return figure
 
