@@ -6,8 +6,8 @@
 __all__ = ['PROFILES', 'SWEEP', 'RATES', 'FACTORS', 'CHOICES', 'VARIANTS', 'INSPECTION_NAMES', 'STUDIES', 'PUBLISHED',
            'INSPECTED_ROWS', 'LINE', 'SHARES', 'DISTANCES', 'ROUNDS', 'ENGINES', 'Profile', 'get_profile', 'Run',
            'needed_masks', 'plan', 'published_plan', 'shard', 'Place', 'treat', 'inspect', 'describe_mask',
-           'environment', 'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds', 'check_same_experiment',
-           'only_one', 'run_missing']
+           'environment', 'check_same_checkpoint', 'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds',
+           'check_same_experiment', 'only_one', 'run_missing']
 
 # %% ../nbs/09_experiment.ipynb #9bbc3b26
 import json
@@ -45,7 +45,7 @@ from mft_nb.bitmask import (
     save_mask,
     weights_sha256,
 )
-from .checkpoints import RUNGS, fine_tune_rungs, read_rung, rungs_done
+from .checkpoints import RUNGS, Rung, fine_tune_rungs, read_rung, rungs_done
 from .controls import CONTROL_RATES, control_config, importance_mask, train_control
 from .data import fingerprint, leak, load_data
 from .gradient import fastest_mask, mean_gradient, toward_zero_mask
@@ -612,6 +612,35 @@ def environment() -> dict:  # commit, versions, device, threads
         "threads": torch.get_num_threads(),
     }
 
+# %% ../nbs/09_experiment.ipynb #same0002
+def check_same_checkpoint(
+    run: Run,  # on a checkpoint that is there
+    place: Place,  # of its checkpoints and records
+) -> None:
+    "RuntimeError where a checkpoint is not the one that the seed's records tell of."
+    told = place.records(run.profile) / f"seed{run.seed}-fine_tuning.json"
+    folder = place.rungs(run.profile, run.seed)
+    rung = read_rung(folder / run.checkpoint)
+    if not rung.step or not told.exists():
+        return
+    then = read_record(told)["happened"]
+    old = next(Rung(**one) for one in then["rungs"] if one["name"] == run.checkpoint)
+    finished, climbing = folder / "fine_tuning.json", folder / "looks.json"
+    looks = (
+        json.loads(finished.read_text())["validation"]
+        if finished.exists()
+        else json.loads(climbing.read_text())
+    )
+    known = then["curves"]["validation"]
+    before = [[look for look in seen if look[0] <= rung.step] for seen in (looks, known)]
+    if rung != old or before[0] != before[1]:
+        raise RuntimeError(
+            f"{folder / run.checkpoint} is another checkpoint ({rung.validation:.2%} on validation "
+            f"at step {rung.step}) than the records beside {told} were made on "
+            f"({old.validation:.2%} at step {old.step}): another kind of processor trained it, or "
+            "other versions. Give other seeds or another --out."
+        )
+
 # %% ../nbs/09_experiment.ipynb #88918d3a
 def do_run(
     run: Run,  # what to do
@@ -624,6 +653,7 @@ def do_run(
     data, data_hash = _data(profile.data, place.data)
     folder = place.rungs(run.profile, run.seed) / run.checkpoint
     rung = read_rung(folder)
+    check_same_checkpoint(run, place)
     model, tokenizer = load_classifier(folder)
     count = VARIANTS.get(run.variant, {}).get("rows", profile.mask_rows)
     rows = _training_rows(data, count, run.seed)
