@@ -40,7 +40,7 @@ from mft_nb.results import (
     read_records,
     results_frame,
 )
-from .stats import holm, majority_share, seed_interval
+from .stats import holm, majority_share, paired_bootstrap, seed_interval
 
 # %% ../nbs/10b_evidence.ipynb #be978b0b
 CELL = ["checkpoint", "method", "keep", "variant"]  # what makes runs of several seeds comparable
@@ -49,7 +49,7 @@ CELL = ["checkpoint", "method", "keep", "variant"]  # what makes runs of several
 def effects(
     frame: pd.DataFrame,  # from `mft_nb.results.results_frame`
 ) -> pd.DataFrame:  # a row a cell: seeds, accuracy, difference, low, high, p_value, p_holm, ...
-    "The paired effect of each treatment over seeds; NaN where one seed alone tells no spread."
+    "The paired effect of each treatment over seeds; of one seed alone, over its sentences."
     treated = frame[(frame.method != "none") & frame.difference.notna()]
     if treated.empty:
         raise MissingRecords("No treated runs beside their untreated checkpoints.")
@@ -70,6 +70,8 @@ def _effect(runs):
     row = {"seeds": len(runs), "accuracy": runs.accuracy.mean(), "difference": differences.mean()}
     row |= {"validation": runs.validation.mean(), "n": int(runs.n.iloc[0])}
     row |= {"low": np.nan, "high": np.nan, "p_value": np.nan, "detectable": np.nan}
+    if len(runs) == 1 and "fixed" in runs and runs.fixed.notna().all():
+        row |= _over_sentences(runs.iloc[0])
     spread = differences.std(ddof=1) if len(runs) > 1 else 0.0
     if spread > 1e-12:
         over = seed_interval(differences, unit="points")
@@ -78,6 +80,14 @@ def _effect(runs):
         size = TTestPower().solve_power(nobs=len(runs), alpha=0.05, power=0.8)
         row["detectable"] = float(size) * spread
     return row
+
+
+def _over_sentences(run):
+    "The interval of one seed's difference, over its sentences: from those that were turned."
+    counts = [int(run.fixed), int(run.broken)]
+    counts.append(int(run.n) - sum(counts))
+    over = paired_bootstrap(np.repeat([0, 1, 1], counts), np.repeat([1, 0, 1], counts))
+    return {"low": over.low, "high": over.high}
 
 # %% ../nbs/10b_evidence.ipynb #agn00002
 def against(
@@ -92,7 +102,7 @@ def against(
     accuracy = frame[base].set_index(["seed", "checkpoint"]).accuracy
     places = pd.MultiIndex.from_frame(frame[["seed", "checkpoint"]])
     others = frame.assign(difference=frame.accuracy - accuracy.reindex(places).to_numpy())
-    return others[~base]
+    return others[~base].assign(fixed=np.nan, broken=np.nan)  # those are beside no mask
 
 # %% ../nbs/10b_evidence.ipynb #val00002
 def on_validation(
@@ -102,7 +112,7 @@ def on_validation(
     whole = frame[frame.method == "none"].set_index(["seed", "checkpoint"]).validation
     places = pd.MultiIndex.from_frame(frame[["seed", "checkpoint"]])
     seen = frame.assign(difference=frame.validation - whole.reindex(places).to_numpy())
-    return seen[frame.method != "none"]
+    return seen[frame.method != "none"].assign(fixed=np.nan, broken=np.nan)  # those are on test
 
 # %% ../nbs/10b_evidence.ipynb #e6b2d9bd
 def verdict(
@@ -167,7 +177,7 @@ def effects_table(
         tested = row.p_holm == row.p_holm
         entry["p, Holm"] = p_text(row.p_holm) if tested else ""
         entry["detectable"] = f"{100 * row.detectable:.1f}" if tested else ""
-        untested = "one seed" if row.seeds == 1 else "no spread"
+        untested = "one seed: interval over sentences" if row.seeds == 1 else "no spread"
         entry["verdict"] = verdict(row) if tested else untested
         rows.append(entry)
     return pd.DataFrame(rows)
@@ -448,7 +458,8 @@ def _effect_bars(axes, found, rows):
         one = found.loc[key]
         look = {"color": COLORS.get(key[0], CONTROL_COLOR), "marker": MARKERS.get(key[0], "h")}
         if one.low == one.low:
-            axes.plot([100 * one.low, 100 * one.high], [row, row], color=look["color"], lw=1.8)
+            style = {"lw": 1.8, "ls": ":" if one.seeds == 1 else "-"}
+            axes.plot([100 * one.low, 100 * one.high], [row, row], color=look["color"], **style)
         axes.plot(100 * one.difference, row, **look)
     axes.set_yticks(range(len(rows)), rows.values())
     axes.invert_yaxis()
@@ -525,7 +536,8 @@ def ablations_figure(
     worst = min(ours, key=lambda key: found.loc[key].difference)
     title = f"From {_points(found.loc[worst].difference)} ({ours[worst]}) to "
     title += f"{_points(found.loc[best].difference)} points ({ours[best]})"
-    note = f"{_where(folder, seeds)} Best checkpoint. Bars: 95 % intervals over seeds."
+    note = f"{_where(folder, seeds)} Best checkpoint. Bars: 95 % intervals over seeds; dotted: one "
+    note += "seed, over sentences."
     _headline(figure, title, note)
     return figure
 
