@@ -207,6 +207,8 @@ def mft_results(
 
     status = grid_status(results)
     print(status.to_string(index=False))
+    left = int((status.runs - status.done).sum())
+    print(f"{status.done.sum()} of {status.runs.sum()} runs done; {left or 'none'} to do.")
     for profile in status.profile.unique():
         folder = Path(results) / profile
         if not any(folder.glob("seed*.json")):
@@ -223,17 +225,20 @@ def mft_results(
 
 def grid_status(
     results: str | Path,  # folder with a folder of records for each profile
-) -> pd.DataFrame:  # profile, study, seeds, runs, done; a row a study
+) -> pd.DataFrame:  # profile, study, only, seeds, runs, done; a row a part of the published grid
     "How much of the published grid has records."
-    from mft_nb.experiment import PUBLISHED, Place, missing_runs, plan
+    from mft_nb.experiment import PUBLISHED, Place, missing_runs
 
     rows = []
-    for profile, studies in PUBLISHED.items():
-        for study, seeds in studies.items():
-            runs = plan(profile, seeds, (study,))
+    for profile, parts in PUBLISHED.items():
+        for part in parts:
+            runs = part.runs(profile)
             missing = missing_runs(runs, Place(str(Path(results).parent)))
-            entry = {"profile": profile, "study": study, "seeds": len(seeds), "runs": len(runs)}
-            rows.append(entry | {"done": len(runs) - len(missing)})
+            limits = (*part.checkpoints, *part.methods, *(f"keeps {k:g}" for k in part.keeps))
+            limits += tuple(v for v in part.variants if len(part.variants) == 1)
+            row = {"profile": profile, "study": part.study, "only": ", ".join(limits)}
+            row |= {"seeds": ", ".join(map(str, part.seeds)), "runs": len(runs)}
+            rows.append(row | {"done": len(runs) - len(missing)})
     return pd.DataFrame(rows)
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CELL', 'FACTOR_NAMES', 'CHOICE_NAMES', 'VARIANT_NAMES', 'CONTROL_COLOR', 'BELOW', 'LINE_LOOKS', 'STEPS', 'ALONE',
-           'OURS', 'ABLATIONS', 'EVIDENCE', 'effects', 'against', 'on_validation', 'verdict', 'name_of', 'in_points',
-           'effects_table', 'effects_figure', 'read_inspections', 'descent_figure', 'landscape_figure', 'agreement',
-           'agreement_figure', 'waterfall_figure', 'ablations_figure', 'curves_figure', 'harmless_share',
-           'constant_answer', 'knowledge_kept']
+           'OURS', 'ABLATIONS', 'EVIDENCE', 'effects', 'against', 'verdict', 'name_of', 'in_points', 'effects_table',
+           'effects_figure', 'read_inspections', 'descent_figure', 'landscape_figure', 'agreement', 'agreement_figure',
+           'waterfall_figure', 'ablations_figure', 'curves_figure', 'harmless_share', 'constant_answer',
+           'knowledge_kept']
 
 # %% ../nbs/10b_evidence.ipynb #56f275ee
 from collections.abc import Callable
@@ -103,16 +103,6 @@ def against(
     places = pd.MultiIndex.from_frame(frame[["seed", "checkpoint"]])
     others = frame.assign(difference=frame.accuracy - accuracy.reindex(places).to_numpy())
     return others[~base].assign(fixed=np.nan, broken=np.nan)  # those are beside no mask
-
-# %% ../nbs/10b_evidence.ipynb #val00002
-def on_validation(
-    frame: pd.DataFrame,  # from `mft_nb.results.results_frame`
-) -> pd.DataFrame:  # its treated runs; difference: to the untreated checkpoint, on validation
-    "Runs as they look to somebody who has to choose, for `effects`."
-    whole = frame[frame.method == "none"].set_index(["seed", "checkpoint"]).validation
-    places = pd.MultiIndex.from_frame(frame[["seed", "checkpoint"]])
-    seen = frame.assign(difference=frame.validation - whole.reindex(places).to_numpy())
-    return seen[frame.method != "none"].assign(fixed=np.nan, broken=np.nan)  # those are on test
 
 # %% ../nbs/10b_evidence.ipynb #e6b2d9bd
 def verdict(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'SWEEP', 'RATES', 'FACTORS', 'CHOICES', 'VARIANTS', 'INSPECTION_NAMES', 'STUDIES', 'PUBLISHED',
            'INSPECTED_ROWS', 'LINE', 'SHARES', 'DISTANCES', 'ROUNDS', 'ENGINES', 'Profile', 'get_profile', 'Run',
-           'needed_masks', 'plan', 'published_plan', 'shard', 'Place', 'treat', 'inspect', 'describe_mask',
+           'needed_masks', 'plan', 'Part', 'published_plan', 'shard', 'Place', 'treat', 'inspect', 'describe_mask',
            'environment', 'check_same_checkpoint', 'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds',
            'check_same_experiment', 'only_one', 'run_missing']
 
@@ -304,18 +304,47 @@ def _sweep(profile, seed):
     ]
 
 # %% ../nbs/09_experiment.ipynb #e4a70009
-PUBLISHED = {  # profile: seeds of each study whose records are in the project's results/
-    "embedded": {"table": (0, 1, 2), "sweep": (0, 1, 2)},
-    "sst2": {
-        "table": (0, 1, 2, 3, 4),
-        "controls": (0, 1, 2, 3, 4),
-        "waterfall": (0, 1, 2, 3, 4),
-        "rates": (0, 1),
-        "curves": (0, 1, 2),
-        "ablations": (0, 1, 2),
-        "inspections": (0, 1, 2),
-    },
-    "base": {"table": (0, 1, 2), "checks": (0, 1, 2)},
+@dataclass(frozen=True)
+class Part:
+    "Runs of a study, on some seeds, that the project publishes; an empty field is no limit."
+
+    study: str  # a key of `STUDIES`, or "sweep"
+    seeds: tuple[int, ...]  # as `plan` takes them
+    methods: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()  # "" is the method's own settings
+    keeps: tuple[float, ...] = ()  # shares to keep
+
+    def runs(self, profile: str) -> list[Run]:  # in the order in which they are tried
+        "The runs of this part on a profile."
+        return [run for run in plan(profile, self.seeds, (self.study,)) if self._holds(run)]
+
+    def _holds(self, run):
+        limits = [(self.methods, run.method), (self.checkpoints, run.checkpoint)]
+        limits += [(self.variants, run.variant), (self.keeps, run.keep)]
+        return all(not allowed or value in allowed for allowed, value in limits)
+
+
+_ONE_SHOT, _OURS = ("random", "magnitude"), ("mft_recommended",)
+_MORE_ROWS = ("rows_24000",)
+_SMALL = ("", *(name for name in CHOICES if name not in _MORE_ROWS))
+PUBLISHED = {  # profile: what has records in the project's results/, or will
+    "embedded": (Part("table", (0, 1, 2)), Part("sweep", (0, 1, 2))),
+    "sst2": (
+        Part("table", (0, 1, 2, 3, 4)),
+        Part("controls", (0, 1, 2, 3, 4), checkpoints=("90", "baseline")),
+        Part("controls", (0, 1, 2), ("importance", "continued", "plain", "head"), ("75",)),
+        Part("waterfall", (0, 1, 2, 3, 4)),
+        Part("curves", (0, 1, 2), _ONE_SHOT),
+        Part("curves", (5, 6), keeps=(0.1, 0.5, 0.75)),
+        Part("ablations", (5, 6), _OURS, variants=_SMALL),
+        Part("ablations", (0, 1, 2), _OURS, variants=_MORE_ROWS),
+        Part("ablations", (0, 1, 2), ("mft_seed",)),
+        Part("ablations", (2,), ("continued",)),
+        Part("inspections", (0, 1, 2)),
+        Part("rates", (5,), checkpoints=("90",)),
+    ),
+    "base": (Part("table", (0, 1, 2)), Part("checks", (0, 1, 2))),
 }
 
 
@@ -324,11 +353,7 @@ def published_plan(
 ) -> list[Run]:  # in the order in which they are tried
     "Every run of a profile that the project publishes, or will."
     get_profile(profile)
-    return [
-        run
-        for study, seeds in PUBLISHED.get(profile, {}).items()
-        for run in plan(profile, seeds, (study,))
-    ]
+    return [run for part in PUBLISHED.get(profile, ()) for run in part.runs(profile)]
 
 
 def shard(
