@@ -205,6 +205,7 @@ STUDIES = {  # name: what is run for each seed
         for cell in _cells(("90", "baseline"), (method,), variants=[f"rate_{r:g}" for r in rates])
     ],
     "waterfall": [*_cells(("90",), ("mft_seed",), variants=FACTORS)],
+    "report": [*_cells(RUNGS, ("mft_seed",), variants=("l1_start",))],
     "checks": [
         *_cells(("90",), ("mft_seed",), variants=("l1_mean",)),
         *_cells(("90",), ("continued",)),
@@ -325,22 +326,26 @@ class Part:
         return all(not allowed or value in allowed for allowed, value in limits)
 
 
-_ONE_SHOT, _OURS = ("random", "magnitude"), ("mft_recommended",)
+_OURS = ("mft_recommended",)
 _MORE_ROWS = ("rows_24000",)
 _SMALL = ("", *(name for name in CHOICES if name not in _MORE_ROWS))
 PUBLISHED = {  # profile: what has records in the project's results/, or will
     "embedded": (Part("table", (0, 1, 2)), Part("sweep", (0, 1, 2))),
     "sst2": (
         Part("table", (0, 1, 2, 3, 4)),
+        Part("table", (5, 6), ("none", "random", "magnitude", "mft_recommended")),
         Part("controls", (0, 1, 2, 3, 4), checkpoints=("90", "baseline")),
-        Part("controls", (0, 1, 2), ("importance", "continued", "plain", "head"), ("75",)),
+        Part("controls", (0, 1, 2, 3, 4), ("importance", "continued"), ("75",)),
+        Part("controls", (0, 1, 2), ("plain", "head"), ("75",)),
         Part("waterfall", (0, 1, 2, 3, 4)),
-        Part("curves", (0, 1, 2), _ONE_SHOT),
-        Part("curves", (5, 6), keeps=(0.1, 0.5, 0.75)),
+        Part("curves", (0, 1, 2, 5, 6), ("random", "magnitude")),
+        Part("curves", (5, 6), _OURS),
         Part("ablations", (5, 6), _OURS, variants=_SMALL),
         Part("ablations", (0, 1, 2), _OURS, variants=_MORE_ROWS),
         Part("ablations", (0, 1, 2), ("mft_seed",)),
         Part("ablations", (2,), ("continued",)),
+        Part("report", (0, 1, 2, 3, 4), checkpoints=("baseline",)),
+        Part("report", (5, 6)),
         Part("inspections", (0, 1, 2)),
         Part("rates", (5,), checkpoints=("90",)),
     ),
