@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .bitmask import weights_sha256
 from .data import cache_folder, tokenise
-from .model import dropout_rates, layer_name, layer_of
+from .model import dropout_rates, layer_names
 
 # %% ../nbs/03b_activations.ipynb #5a1ad3f3
 def lowest_layer(
@@ -37,11 +37,9 @@ def lowest_layer(
 ) -> str:  # dotted name of a layer, such as "bert.encoder.layer.2"
     "The lowest layer that holds one of the weights; names outside the layers do not count."
     found = {}
-    for name in names:
-        index = layer_of(name)
-        if index is not None:
-            layer = layer_name(name)
-            found.setdefault(layer.removesuffix(str(index)).rstrip("._"), []).append(index)
+    for layer in filter(None, layer_names(names).values()):
+        stack, index = re.fullmatch(r"(.*?)[._]?(\d+)", layer).groups()
+        found.setdefault(stack, []).append(int(index))
     if len(found) != 1:
         raise ValueError(
             f"The weights lie in {len(found)} lists of layers ({', '.join(found) or 'none'}); "

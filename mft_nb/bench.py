@@ -549,13 +549,21 @@ def figures(
                 {"figure": f"switch / {name}", "model": f"{threads} thread{'s' * (threads != '1')}"}
                 | {**one, "limit": limit, "met": met}
             )
+    unlimited = {"limit": None, "met": None}
+    for model, found in record["happened"]["models"].items():
+        share = found["share_of_peak"]
+        rows.append({"figure": "share of peak FLOP/s", "model": model, "ratio": share} | unlimited)
     padding = record["happened"].get("padding")
     if padding:
         share = padding["share"]
         rows.append(
             {"figure": "padding share", "model": padding["data"], "ratio": share}
-            | {"limit": 0.03, "met": share <= 0.03}
+            | ({"limit": 0.03, "met": share <= 0.03} if padding["data"] == "sst2" else unlimited)
         )
+    if costs := record["happened"].get("cost"):
+        slope, fit = log_log_slope([c["size"] for c in costs], [c["all"] for c in costs])
+        for name, value in (("cost: slope, log-log", slope), ("cost: R squared", fit)):
+            rows.append({"figure": name, "model": "", "ratio": value} | unlimited)
     return rows
 
 # %% ../nbs/14_bench.ipynb #peak0002

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 import zlib
@@ -28,7 +29,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from . import __version__
-from .model import layer_name, layer_of
+from .model import layer_names
 
 # %% ../nbs/02_bitmask.ipynb #f40d25cf
 def check_keep(
@@ -90,6 +91,11 @@ def _kth_smallest(flat, index):
     return torch.tensor(np.partition(values, index)[index], dtype=flat.dtype)
 
 # %% ../nbs/02_bitmask.ipynb #ce79d94a
+def _count(mask):
+    "How many are True; numpy counts bools a hundred times faster than torch sums them."
+    return int(np.count_nonzero(mask.cpu().numpy()))
+
+
 class BitMask(Mapping):
     "Named 0/1 masks, one a weight matrix: True is kept, False is cut."
 
@@ -115,8 +121,10 @@ class BitMask(Mapping):
         return len(self._masks)
 
     def __eq__(self, other):
-        if not isinstance(other, BitMask) or list(self) != list(other):
-            return NotImplemented if not isinstance(other, BitMask) else False
+        if not isinstance(other, BitMask):
+            return NotImplemented
+        if set(self) != set(other):
+            return False
         return all(torch.equal(self[name].cpu(), other[name].cpu()) for name in self)
 
     __hash__ = None
@@ -129,7 +137,7 @@ class BitMask(Mapping):
     @property
     def kept(self) -> int:  # weights kept
         "How many weights are kept."
-        return sum(int(mask.sum()) for mask in self.values())
+        return sum(_count(mask) for mask in self.values())
 
     @property
     def density(self) -> float:  # 0 to 1
@@ -151,12 +159,17 @@ def density_by_tensor(self: BitMask) -> dict[str, float]:  # 0 to 1 for each nam
 @patch
 def density_by_layer(
     self: BitMask,
-) -> dict[int | None, float]:  # 0 to 1 for each layer index; None: outside the layers
-    "Share of weights kept in each layer."
+) -> dict[int | str | None, float]:  # 0 to 1 by the layer's number; None: outside the layers
+    "Share of weights kept in each layer; by its name where several stacks count their layers."
     layers = {}
-    for name, mask in self.items():
-        layers.setdefault(layer_of(name), {})[name] = mask
-    return {layer: BitMask(masks).density for layer, masks in layers.items()}
+    for name, layer in layer_names(self).items():
+        layers.setdefault(layer, {})[name] = self[name]
+    numbers = {layer: layer and int(re.search(r"\d+$", layer)[0]) for layer in layers}
+    several = len(set(numbers.values())) < len(layers)
+    return {
+        layer if several else numbers[layer]: BitMask(masks).density
+        for layer, masks in layers.items()
+    }
 
 # %% ../nbs/02_bitmask.ipynb #3a97c5e8
 @patch
@@ -333,9 +346,9 @@ def top_k_mask(
 ) -> BitMask:  # exactly `kept_count` ones
     "Keep the largest scores."
     groups = {}
-    for name in scores:
-        group = layer_name(name) or name if check_scope(scope) == "layer" else ""
-        groups.setdefault(group, []).append(name)
+    layers = layer_names(scores) if check_scope(scope) == "layer" else dict.fromkeys(scores, "")
+    for name, layer in layers.items():
+        groups.setdefault(name if layer is None else layer, []).append(name)
     within = "global" if scope == "layer" else scope
     found = {}
     for names in groups.values():
@@ -592,7 +605,7 @@ def _describe(mask, base_sha256, config):
         "format": MASK_FORMAT,
         "base_sha256": base_sha256,
         "mask_sha256": mask_sha256(mask),
-        "tensors": {n: {"shape": list(m.shape), "kept": int(m.sum())} for n, m in mask.items()},
+        "tensors": {n: {"shape": list(m.shape), "kept": _count(m)} for n, m in mask.items()},
         "config": config,
         "versions": {"mft_nb": __version__, "torch": str(torch.__version__)},
     }
@@ -630,7 +643,7 @@ def load_mask(
         check_same_shapes({n: torch.empty(s, device="meta") for n, s in shapes.items()}, weights)
         check_base({name: weights[name] for name in shapes}, entries["base_sha256"], path)
     masks = {name: decode_mask(payloads[name], shape) for name, shape in shapes.items()}
-    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    counts = {name: _count(mask) for name, mask in masks.items()}
     as_counted = all(entries["tensors"][name]["kept"] == count for name, count in counts.items())
     if not as_counted or mask_sha256(masks) != entries["mask_sha256"]:
         raise ValueError(f"{path} is damaged: its masks are not those that were saved.")

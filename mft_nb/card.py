@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .bitmask import SavedMask, load_mask, mask_sha256
 from .data import file_sha256, write_whole
-from .mask import MASK_FILE
+from .mask import MASK_FILE, MODULES_FILE
 from .results import p_text, read_predictions, read_record
 from .stats import PairedTest, mcnemar_exact, wilson
 
@@ -192,7 +192,7 @@ from huggingface_hub import hf_hub_download
 from mft_nb.mask import MFT
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained("{base_model}")
-mft = MFT.from_pretrained(model, hf_hub_download("{repo_id}", "{file}"))
+{modules}mft = MFT.from_pretrained(model, hf_hub_download("{repo_id}", "{file}"))
 ```
 
 The mask is in force now. `mft.unload()` takes it off again; `mft.merge_and_unload()` bakes the
@@ -221,17 +221,40 @@ def _file_table(path, saved):
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {row} |" for name, row in rows.items())])
 
 
+def _has_modules(saved):
+    "Whether modules were trained along with a mask, and lie in a file beside it."
+    return "modules_sha256" in saved.config
+
+
+def _modules_line(saved, repo_id):
+    "The line that fetches the modules trained along to where the mask will be."
+    return f'hf_hub_download("{repo_id}", "{MODULES_FILE}")\n' if _has_modules(saved) else ""
+
+
+def _also_changed(saved):
+    "What a mask brings along beside its zeros."
+    if not _has_modules(saved):
+        return "No weight is changed otherwise."
+    names = ", ".join(f"`{pattern}`" for pattern in saved.config["modules_to_save"])
+    return f"The modules {names} were trained along, and replace those of the base."
+
+
 def _page(path, saved, repo_id, base_model, data, split, result):
     "The page under the front matter."
     parts = [
         f"# {repo_id.partition('/')[2]}",
-        f"A mask for the fine-tuned model `{base_model}`: which of its weights to switch off. No "
-        "weight is changed otherwise. It was learned by Mask Fine-Tuning (Zhang et al., arXiv "
+        f"A mask for the fine-tuned model `{base_model}`: which of its weights to switch off. "
+        f"{_also_changed(saved)} It was learned by Mask Fine-Tuning (Zhang et al., arXiv "
         "2503.22764) with mft_nb.",
         f"## Result\n\nOn {data}, split {split}:\n\n{_result_table(result)}",
         _difference_text(result),
         "## Use",
-        _USE.format(base_model=base_model, repo_id=repo_id, file=MASK_FILE),
+        _USE.format(
+            base_model=base_model,
+            repo_id=repo_id,
+            file=MASK_FILE,
+            modules=_modules_line(saved, repo_id),
+        ),
         f"## The file\n\n{_file_table(path, saved)}",
         f"Settings of the training:\n\n```json\n{json.dumps(saved.config, indent=1)}\n```",
         f"## Limits\n\n{_LIMITS}",
@@ -292,7 +315,7 @@ def push_to_hub(
     private: bool = True,  # whether a new repository is visible to its owner only
     token: str | None = None,  # may write to the owner's repositories; default: the saved one
 ) -> str:  # address of the repository
-    "Upload a mask and its card, nothing else."
+    "Upload a mask, the modules trained along with it, and its card, nothing else."
     path = _mask_file(folder)
     _check_upload(path, repo_id, card)
     token = token or get_token()
@@ -304,6 +327,8 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged:
         shutil.copyfile(path, Path(staged) / MASK_FILE)
+        if _has_modules(load_mask(path)):
+            shutil.copyfile(path.with_name(MODULES_FILE), Path(staged) / MODULES_FILE)
         write_card(card, staged)
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -318,7 +343,12 @@ def _check_upload(path, repo_id, card):
     if not isinstance(card, ModelCard):
         raise TypeError(f"card is {type(card).__name__}; allowed is a ModelCard. See mask_card.")
     _check_repo("repo_id", repo_id)
-    load_mask(path)
+    saved = load_mask(path)
+    if _has_modules(saved) and not path.with_name(MODULES_FILE).is_file():
+        raise FileNotFoundError(
+            f"No file {path.with_name(MODULES_FILE)}, which this mask needs: modules were trained "
+            "along with it. Copy it from where the mask was saved."
+        )
     if file_sha256(path) not in card.text:
         raise ValueError(
             f"card was made for another file than {path}: its SHA-256 differs. Make it anew with "

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CELL', 'FACTOR_NAMES', 'CHOICE_NAMES', 'VARIANT_NAMES', 'CONTROL_COLOR', 'BELOW', 'LINE_LOOKS', 'STEPS', 'ALONE',
            'OURS', 'ABLATIONS', 'EVIDENCE', 'effects', 'against', 'verdict', 'name_of', 'in_points', 'effects_table',
-           'effects_figure', 'read_inspections', 'descent_figure', 'landscape_figure', 'agreement', 'agreement_figure',
-           'waterfall_figure', 'ablations_figure', 'curves_figure', 'harmless_share', 'constant_answer',
-           'knowledge_kept']
+           'main_runs', 'main_effects', 'effects_figure', 'read_inspections', 'descent_figure', 'landscape_figure',
+           'agreement', 'agreement_figure', 'waterfall_figure', 'ablations_figure', 'curves_figure', 'harmless_share',
+           'constant_answer', 'knowledge_kept']
 
 # %% ../nbs/10b_evidence.ipynb #56f275ee
 from collections.abc import Callable
@@ -69,6 +69,9 @@ def _effect(runs):
     differences = runs.difference.to_numpy()
     row = {"seeds": len(runs), "accuracy": runs.accuracy.mean(), "difference": differences.mean()}
     row |= {"validation": runs.validation.mean(), "n": int(runs.n.iloc[0])}
+    if "p_value" in runs:  # each seed's test of its own sentences
+        row |= {"fixed": runs.fixed.mean(), "broken": runs.broken.mean()}
+        row["mcnemar"] = list(runs.sort_values("seed").p_value)
     row |= {"low": np.nan, "high": np.nan, "p_value": np.nan, "detectable": np.nan}
     if len(runs) == 1 and "fixed" in runs and runs.fixed.notna().all():
         row |= _over_sentences(runs.iloc[0])
@@ -108,10 +111,13 @@ def against(
 def verdict(
     effect: pd.Series,  # a row of `effects`
     level: float = 0.05,  # of the adjusted p-value
-) -> str:  # "helps", "hurts", or "cannot be told"
+    least: float = 0.005,  # accuracy, a fraction, below which a change does not matter
+) -> str:  # "helps", "hurts", "too small to matter" or "cannot be told"
     "Whether a treatment changes the accuracy."
     if not effect.p_holm < level:
         return "cannot be told"
+    if abs(effect.difference) < least:
+        return "too small to matter"
     return "helps" if effect.difference > 0 else "hurts"
 
 # %% ../nbs/10b_evidence.ipynb #84cb5015
@@ -157,6 +163,7 @@ def in_points(
 # %% ../nbs/10b_evidence.ipynb #f835f162
 def effects_table(
     found: pd.DataFrame,  # from `effects`
+    by_seed: bool = False,  # whether to show each seed's test of its own sentences
 ) -> pd.DataFrame:  # text, ready to print
     "Effects for reading, in points of accuracy."
     rows = []
@@ -169,6 +176,9 @@ def effects_table(
         entry["detectable"] = f"{100 * row.detectable:.1f}" if tested else ""
         untested = "one seed: interval over sentences" if row.seeds == 1 else "no spread"
         entry["verdict"] = verdict(row) if tested else untested
+        if by_seed:
+            entry["fixed, broken"] = f"{row.fixed:.0f}, {row.broken:.0f}"
+            entry["McNemar p by seed"] = ", ".join(p_text(p) for p in row.mcnemar)
         rows.append(entry)
     return pd.DataFrame(rows)
 
@@ -192,12 +202,21 @@ def _effect_rows(axes, found, frame, names):
     axes.axvline(0, color="black", ls=":", lw=1)
 
 
-def _main_runs(folder):
-    "Table and controls of a profile, without variants and other shares."
+def main_runs(
+    folder: str | Path,  # of one profile's records
+) -> pd.DataFrame:  # as `results_frame` gives it
+    "Table and controls of a profile: every treatment at a tenth, without variants."
     place = Path(folder)
-    studies = ("controls",) if any((place / "controls").glob("*.json")) else ()
-    frame = results_frame(place, studies)
+    studies = [s for s in ("controls", "checks") if any((place / s).glob("*.json"))]
+    frame = results_frame(place, tuple(studies))
     return frame[frame.keep.isin([0.9, 1.0]) & (frame.variant == "")]
+
+
+def main_effects(
+    folder: str | Path,  # of one profile's records
+) -> pd.DataFrame:  # from `effects`, adjusted over all these treatments of a checkpoint
+    "The effects that pages share, so that a treatment has the same p-value on each."
+    return effects(main_runs(folder))
 
 # %% ../nbs/10b_evidence.ipynb #df5132b1
 @rc_context(STYLE)
@@ -205,7 +224,7 @@ def effects_figure(
     folder: str | Path,  # of one profile's records
 ) -> Figure:  # a panel a checkpoint; MissingRecords without controls
     "Effects of masks and controls in points of accuracy."
-    frame = _main_runs(folder)
+    frame = main_runs(folder)
     if not frame.method.isin(CONTROL_NAMES).any():
         raise MissingRecords(f"{folder} has no runs of the study controls.")
     names = {m: n for m, n in (METHOD_NAMES | CONTROL_NAMES).items() if "gradient" not in m}
@@ -385,7 +404,7 @@ def _pair_kind(first, second):
     (seed, rung, method), (other_seed, other_rung, other) = first, second
     names = [METHOD_NAMES[m].removeprefix("MFT, ") for m in (method, other)]
     if seed != other_seed:
-        return f"{names[0]}: two seeds" if method == other else None
+        return f"{names[0]}: two seeds" if (method, rung) == (other, other_rung) else None
     if rung != other_rung:
         return f"{names[0]}: two checkpoints of a seed" if method == other else None
     return f"{names[0]} and {names[1]}"

@@ -37,7 +37,7 @@ from mft_nb.model import (
     check_maskable,
     check_pattern,
     dropout_rates,
-    layer_name,
+    layer_names,
     maskable_weights,
 )
 from .scores import FixedMask, MaskedWeight, ScoreGroup, start_scores
@@ -255,13 +255,13 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # the folders that transformers.Tra
 class _SavesPlain:
     "Put before a transformers class: `save_pretrained` writes the masked model under plain names."
 
-    def save_pretrained(self, save_directory, *arguments, is_main_process=True, **options):
+    def save_pretrained(self, save_directory, is_main_process=True, *arguments, **options):
         if not _CHECKPOINT.fullmatch(Path(save_directory).name):
             kept, self._keys_to_ignore_on_save = self._keys_to_ignore_on_save, self._own_ignored
             options["state_dict"] = plain_state_dict(self)
             try:
                 return super().save_pretrained(
-                    save_directory, *arguments, is_main_process=is_main_process, **options
+                    save_directory, is_main_process, *arguments, **options
                 )
             finally:
                 self._keys_to_ignore_on_save = kept
@@ -303,7 +303,11 @@ def _chosen(model, config):
     "The weights that a config masks, by name."
     targets = config.target_modules
     if config.scope == "head" and not targets:
-        targets = (HEAD_OUTPUTS,)
+        inside = maskable_weights(model, config.layers, (), config.exclude_modules)
+        found = {name: inside[name] for name in inside if re.search(HEAD_OUTPUTS, name)}
+        if found:
+            return found
+        targets = (HEAD_OUTPUTS,)  # refused below, with the names that there are
     return maskable_weights(model, config.layers, targets, config.exclude_modules)
 
 
@@ -323,20 +327,30 @@ def _units(model, name, shape, config):
             f"{name} does not look like an attention's output projection, so scope 'head' cannot "
             "tell its heads. Choose those by target_modules, or give heads, the number of blocks."
         )
-    heads = config.heads or getattr(getattr(model, "config", None), "num_attention_heads", 0)
+    heads = config.heads or _heads_around(model, name)
     try:
         return head_units(shape, heads, _is_transposed(model, name))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _competes_in(name, scope):
-    "A key that weights share if their scores compete."
+def _heads_around(model, name):
+    "The number of heads of the attention that a projection ends; else the model's; 0: not known."
+    modules = name.split(".")[:-1]
+    for end in (len(modules) - 1, len(modules) - 2):
+        attention = model.get_submodule(".".join(modules[:end])) if end > 0 else None
+        for field in ("num_heads", "num_attention_heads", "n_heads"):
+            if isinstance(getattr(attention, field, None), int):
+                return getattr(attention, field)
+    return getattr(getattr(model, "config", None), "num_attention_heads", 0)
+
+
+def _competes_in(names, scope):
+    "By name, a key that weights share if their scores compete."
     if scope == "global":
-        return ""
-    if scope == "layer":
-        return layer_name(name) or name
-    return name
+        return dict.fromkeys(names, "")
+    layers = layer_names(names) if scope == "layer" else {}
+    return {name: layers.get(name) or name for name in names}
 
 # %% ../nbs/06_mask.ipynb #8b0d6703
 class MFT:
@@ -357,11 +371,11 @@ class MFT:
         self._remember(model, list(_chosen(model, self.config)))
         generator = torch.Generator().manual_seed(self.config.start_seed)
         absolute = self.config.ranking == "absolute"
-        groups = {}
+        groups, keys = {}, _competes_in(list(self._weights), self.config.scope)
         for name, weight in self._weights.items():
             units = _units(model, name, weight.shape, self.config)
             scores = start_scores(weight, self.config.start, self.config.spread, generator, units)
-            key = _competes_in(name, self.config.scope)
+            key = keys[name]
             if key not in groups:
                 groups[key] = ScoreGroup(
                     self.config.keep, self.config.scope, absolute, self.config.schedule
@@ -437,7 +451,8 @@ def _remember(self: MFT, model, chosen):
     parameters = dict(model.named_parameters())
     self._weights = {name: parameters[name] for name in chosen}
     for name, weight in self._weights.items():
-        if not torch.isfinite(weight).all():
+        ends = torch.stack(weight.detach().aminmax())  # both are NaN where one weight is
+        if not torch.isfinite(ends).all():
             raise ValueError(f"The weight {name!r} holds NaN or infinity. Load the model again.")
     self.model = model
     self._masked = {}
@@ -476,7 +491,7 @@ def _register(self: MFT):
         self._dropped = _silence_dropout(self.model)
     if self.config.l1 and self.scores:
         self._hook = self.model.register_forward_hook(
-            _AddPenalty(self.config, list(self._masked.values()))
+            _AddPenalty(self.config, list(self._masked.values())), with_kwargs=True
         )
     _save_plain(self.model)
 
@@ -495,10 +510,30 @@ class _AddPenalty:
             total = total / sum(score.numel() for score in scores)
         return self.config.l1 * total
 
-    def __call__(self, model, inputs, output):
-        if model.training and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + self.penalty()
+    def __call__(self, model, inputs, options, output):
+        named = isinstance(output, dict)  # a plain one, or transformers' own
+        loss = output.get("loss") if named else getattr(output, "loss", None)
+        if not model.training or loss is None:
+            return output
+        loss = loss + _share_of_step(model, options) * self.penalty()
+        if named:
+            output["loss"] = loss
+        else:
+            output.loss = loss
         return output
+
+
+def _share_of_step(model, options):
+    "This batch's share of an optimizer step, as `Trainer` counts it by labels; 1 if it does not."
+    total = options.get("num_items_in_batch")
+    labels = options.get("shift_labels", options.get("labels"))
+    if total is None or labels is None:
+        return 1.0
+    decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    causal = decoder and "CausalLM" in str(getattr(model, "loss_type", None))
+    if causal and "shift_labels" not in options:
+        labels = labels[..., 1:]  # a token is the label of the one before it
+    return labels.ne(-100).sum() / total
 
 
 def _silence_dropout(model):
@@ -644,6 +679,9 @@ def _warn_of_cut_neurons(self: MFT):
             f"mask keeps {self.bitmask().density:.4f} of the weights, not {self.config.keep}.",
             stacklevel=3,
         )
+    for name, masked in self._masked.items():
+        if not masked.mask.any():
+            warnings.warn(f"The mask cuts all of {name}.", stacklevel=3)
     if self.config.scope not in ("neuron", "head"):
         for axis in (0, 1):
             part = {

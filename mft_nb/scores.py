@@ -118,7 +118,8 @@ class ScoreGroup:
             keep = share_at(self.schedule, self.keep, steps)
             return self.finder(ranked, kept_count(sum(one.numel() for one in ranked), keep))
         except ValueError as error:
-            names = ", ".join(member.name for member in self.members[:3])
+            ill = [m.name for m in self.members if m.scores.isnan().any()]
+            names = ", ".join((ill or [member.name for member in self.members])[:3])
             raise ValueError(f"The scores of {names}: {error}") from None
 
 # %% ../nbs/05b_scores.ipynb #646f3718

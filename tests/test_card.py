@@ -12,12 +12,13 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
 
 from mft_nb import card as card_module
 from mft_nb.bitmask import BitMask, save_mask
 from mft_nb.card import MaskResult, mask_card, push_to_hub, record_result, write_card
 from mft_nb.experiment import describe_mask
-from mft_nb.mask import MASK_FILE, MaskConfig
+from mft_nb.mask import MASK_FILE, MFT, MODULES_FILE, MaskConfig
 from mft_nb.results import prediction_rows, results_frame, summary, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,3 +220,20 @@ def test_links_are_relative_and_exist(path):
     assert links
     for link in links:
         assert (place.parent / link.partition("#")[0]).is_file(), link
+
+
+def test_modules_trained_along_go_up_and_the_card_says_so(hub, tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    model["head"] = nn.Linear(4, 2)
+    config = MaskConfig(layers="all", keep=0.75, modules_to_save=("head",))
+    MFT(model, config).save_pretrained(tmp_path)
+    card = mask_card(tmp_path, **ABOUT, result=RESULT)
+    assert f'hf_hub_download("{ABOUT["repo_id"]}", "{MODULES_FILE}")' in card.text
+    assert "The modules `head` were trained along" in card.text
+    assert "No weight is changed otherwise" not in card.text
+    push_to_hub(tmp_path, ABOUT["repo_id"], card, token="t")
+    assert set(hub[-1][2]) == {MASK_FILE, MODULES_FILE, "README.md"}
+    (tmp_path / MODULES_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="modules were trained along"):
+        push_to_hub(tmp_path, ABOUT["repo_id"], card, token="t")
