@@ -203,6 +203,7 @@ def mft_results(
 ):
     "Say how complete the published grid is, print every table and draw every figure; no training."
     from mft_nb.evidence import effects, effects_table
+    from mft_nb.ledger import PAPER, PROGRAM, SEED, ledger
     from mft_nb.results import results_frame
 
     status = grid_status(results)
@@ -220,6 +221,9 @@ def mft_results(
             table = effects_table(effects(results_frame(folder, tuple(studies))))
             print(f"\n{profile}: effects of all runs over seeds")
             print(table.to_string(index=False))
+            claims = ledger(folder, dict.fromkeys((SEED, PROGRAM, PAPER), ""))
+            print(f"\n{profile}: claims of others")
+            print(claims.drop(columns="setting").to_string(index=False))
     mft_figures(results, figures)
 
 

@@ -366,8 +366,8 @@ def _descent_title(records):
     text = f"Cutting the fastest tenth should lower the loss by {-tenth.predicted:.2g}"
     text += f"; it changes it by {tenth.change:+.2g}".replace("-", "\N{MINUS SIGN}")
     if len(falls):
-        return f"{text}. It falls only up to a cut of {100 * max(falls):g} %"
-    return f"{text}. It rises from the smallest cut on, {100 * min(tables.index):g} %"
+        return f"{text}. On average it falls only up to a cut of {100 * max(falls):g} %"
+    return f"{text}. On average it rises from the smallest cut on, {100 * min(tables.index):g} %"
 
 # %% ../nbs/10b_evidence.ipynb #44c40cf9
 @rc_context(STYLE)

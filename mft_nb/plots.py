@@ -240,7 +240,8 @@ def accuracy_figure(
     cut = _percent(runs.masked[(runs.method != "none") & ~every & (runs.keep == 0.9)].mean())
     note = f" Bars: 95 % intervals, {kind}. Masks cut {cut}"
     note += f", the gradient idea in full {_percent(runs.masked[every].mean())}."
-    title = f"{METHOD_NAMES['mft_recommended']}, in points of accuracy: {', '.join(gains)}"
+    ours, many = METHOD_NAMES["mft_recommended"], f" (n = {len(seeds)})" if len(seeds) > 1 else ""
+    title = f"{ours}, in points of accuracy{many}: {', '.join(gains)}"
     _headline(figure, title, _where(folder, seeds, int(runs.n.iloc[0])) + note)
     return figure
 

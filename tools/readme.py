@@ -15,6 +15,8 @@ def shown(cell):
     directives = re.findall(r"^#\s*\|\s*(.+)$", cell.source, flags=re.M)
     if any(directive.startswith(("hide", "default_exp")) for directive in directives):
         return None
+    alt = [directive[8:] for directive in directives if directive.startswith("fig-alt:")]
+    cell.metadata["alt"] = "".join(alt).strip() or "figure"
     cell.source = re.sub(r"^#\s*\|.*\n?", "", cell.source, flags=re.M)
     cell.metadata["echo"] = "echo: false" not in directives
     return cell
@@ -34,7 +36,7 @@ def main(folder=ROOT):
         for name, content in extra["outputs"].items():
             picture = f"figures/front_page_{len(pictures)}.png"
             pictures[picture] = content
-            text = text.replace(f"({name})", f"({picture})")
+            text = text.replace(f"![png]({name})", f"![{cell.metadata['alt']}]({picture})")
         pieces.append(text.strip())
     page = "\n\n".join(filter(None, pieces))
     page = re.sub(r"\]\((?!https?:)([\w/]+\.ipynb)\)", r"](nbs/\1)", page)  # from the top folder
