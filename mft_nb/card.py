@@ -126,12 +126,12 @@ def _mask_file(mask):
     return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
 
 # %% ../nbs/13_card.ipynb #0b174e64
-def _front_matter(repo_id, base_model, data, split, dataset, result, license, language):
+def _front_matter(repo_id, base_model, data, split, dataset, result, license, language, task):
     "What the hub reads."
     over = wilson(result.after, result.total)
     ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
     evaluation = EvalResult(
-        task_type="text-classification",
+        task_type=task,
         dataset_type=dataset or data,
         dataset_name=data,
         dataset_split=split,
@@ -149,7 +149,7 @@ def _front_matter(repo_id, base_model, data, split, dataset, result, license, la
         license=license,
         metrics=["accuracy"],
         model_name=repo_id.partition("/")[2],
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         tags=["mask-fine-tuning"],
     )
 
@@ -190,8 +190,8 @@ _USE = """\
 ```python
 from huggingface_hub import hf_hub_download
 from mft_nb.mask import MFT
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained("{base_model}")
+from transformers import {auto_class}
+model = {auto_class}.from_pretrained("{base_model}")
 {modules}mft = MFT.from_pretrained(model, hf_hub_download("{repo_id}", "{file}"))
 ```
 
@@ -239,7 +239,7 @@ def _also_changed(saved):
     return f"The modules {names} were trained along, and replace those of the base."
 
 
-def _page(path, saved, repo_id, base_model, data, split, result):
+def _page(path, saved, repo_id, base_model, data, split, result, auto_class):
     "The page under the front matter."
     parts = [
         f"# {repo_id.partition('/')[2]}",
@@ -254,6 +254,7 @@ def _page(path, saved, repo_id, base_model, data, split, result):
             repo_id=repo_id,
             file=MASK_FILE,
             modules=_modules_line(saved, repo_id),
+            auto_class=auto_class,
         ),
         f"## The file\n\n{_file_table(path, saved)}",
         f"Settings of the training:\n\n```json\n{json.dumps(saved.config, indent=1)}\n```",
@@ -272,8 +273,15 @@ def mask_card(
     split: str = "test",  # part of the data that was measured
     dataset: str | None = None,  # owner/name of the data on the hub, if it is there
     language: str = "en",  # of the sentences, as a two-letter code
+    task: str = "text-classification",  # as the hub names it
+    auto_class: str = "AutoModelForSequenceClassification",  # of transformers, loads the base model
 ) -> ModelCard:  # `str(card)` is the README.md; `card.data` its front matter
     "The model card of a mask; ValueError where it would say something untrue."
+    if not re.fullmatch(r"Auto(Model|Backbone)\w*", str(auto_class)):
+        raise ValueError(
+            f"auto_class is {auto_class!r}; allowed is the name of a class of transformers that "
+            "loads models, such as AutoModelForCausalLM."
+        )
     _check_repo("repo_id", repo_id)
     _check_repo("base_model", base_model)
     if dataset is not None:
@@ -282,8 +290,9 @@ def mask_card(
     path = _mask_file(mask)
     saved = load_mask(path)
     _check_measured(saved, result)
-    front = _front_matter(repo_id, base_model, data, split, dataset, result, license, language)
-    page = _page(path, saved, repo_id, base_model, data, split, result)
+    about = (result, license, language, task)
+    front = _front_matter(repo_id, base_model, data, split, dataset, *about)
+    page = _page(path, saved, repo_id, base_model, data, split, result, auto_class)
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{page}")
 
 

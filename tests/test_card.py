@@ -237,3 +237,13 @@ def test_modules_trained_along_go_up_and_the_card_says_so(hub, tmp_path):
     (tmp_path / MODULES_FILE).unlink()
     with pytest.raises(FileNotFoundError, match="modules were trained along"):
         push_to_hub(tmp_path, ABOUT["repo_id"], card, token="t")
+
+
+def test_a_card_for_another_kind_of_model(folder):
+    about = ABOUT | {"task": "text-generation", "auto_class": "AutoModelForCausalLM"}
+    card = mask_card(folder, **about, result=RESULT)
+    assert "model = AutoModelForCausalLM.from_pretrained(" in card.text
+    assert "SequenceClassification" not in card.text
+    assert card.data.to_dict()["pipeline_tag"] == "text-generation"
+    with pytest.raises(ValueError, match="auto_class is 'BertModel'"):
+        mask_card(folder, **ABOUT | {"auto_class": "BertModel"}, result=RESULT)
