@@ -629,6 +629,7 @@ def _curves_title(frame, shown):
     parts = [
         f"{100 * harmless_share(frame, name, 'random'):.0f} % on {CHECKPOINT_NAMES[name]}"
         for name in shown
+        if name != "baseline"  # an untrained head has nothing to lose
     ]
     return f"A random cut costs under a point up to {', '.join(parts)}"
 
