@@ -52,7 +52,7 @@ test: parts ## export in sync, notebooks, pytest, ruff
 
 notebooks: parts ## run every notebook and save its outputs
 	$(BIN)/nbdev_export
-	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 	$(BIN)/nbdev_clean
 
 bench: parts ## measure what a step of MFT costs beside other ways; adds a record to results/bench/
