@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'SWEEP', 'RATES', 'FACTORS', 'CHOICES', 'VARIANTS', 'INSPECTION_NAMES', 'STUDIES', 'PUBLISHED',
-           'INSPECTED_ROWS', 'LINE', 'SHARES', 'DISTANCES', 'ROUNDS', 'ENGINES', 'Profile', 'get_profile', 'Run',
-           'needed_masks', 'plan', 'Part', 'published_plan', 'shard', 'Place', 'treat', 'inspect', 'describe_mask',
-           'environment', 'check_same_checkpoint', 'do_run', 'do_fine_tuning', 'missing_runs', 'missing_seeds',
-           'check_same_experiment', 'only_one', 'run_missing']
+           'INSPECTED_ROWS', 'LINE', 'SHARES', 'DISTANCES', 'ROUNDS', 'FINE_ROUNDS', 'ENGINES', 'Profile',
+           'get_profile', 'Run', 'needed_masks', 'plan', 'Part', 'published_plan', 'shard', 'Place', 'treat', 'inspect',
+           'describe_mask', 'environment', 'check_same_checkpoint', 'do_run', 'do_fine_tuning', 'missing_runs',
+           'missing_seeds', 'check_same_experiment', 'only_one', 'run_missing']
 
 # %% ../nbs/09_experiment.ipynb #9bbc3b26
 import json
@@ -182,7 +182,7 @@ _rates = sorted({rate for rates in RATES.values() for rate in rates})
 VARIANTS = FACTORS | CHOICES | {f"rate_{rate:g}": {"learning_rate": rate} for rate in _rates}
 
 # %% ../nbs/09_experiment.ipynb #e4a70002
-INSPECTION_NAMES = ("descent", "landscape", "anatomy", "pull")
+INSPECTION_NAMES = ("descent", "landscape", "anatomy", "pull", "rounds")
 _NO_SHARE = ("none", "gradient_all", *CONTROL_RATES, *INSPECTION_NAMES)  # ask for no share to keep
 
 
@@ -262,7 +262,7 @@ def needed_masks(
 ) -> list[Run]:  # empty for a run that is no inspection
     "The runs whose trained masks an inspection looks at."
     recipes = [method for method in METHOD_NAMES if method.startswith("mft_")]
-    if run.method not in INSPECTION_NAMES or run.method == "pull":
+    if run.method not in INSPECTION_NAMES or run.method in ("pull", "rounds"):
         return []
     mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in recipes]
     if run.method == "anatomy":
@@ -329,6 +329,7 @@ class Part:
 _OURS = ("mft_recommended",)
 _MORE_ROWS = ("rows_24000",)
 _SMALL = ("", *(name for name in CHOICES if name not in _MORE_ROWS))
+_FIRST_TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
 PUBLISHED = {  # profile: what has records in the project's results/, or will
     "embedded": (Part("table", (0, 1, 2)), Part("sweep", (0, 1, 2))),
     "sst2": (
@@ -341,12 +342,14 @@ PUBLISHED = {  # profile: what has records in the project's results/, or will
         Part("curves", (0, 1, 2, 5, 6), ("random", "magnitude")),
         Part("curves", (5, 6), _OURS),
         Part("ablations", (5, 6), _OURS, variants=_SMALL),
+        Part("ablations", (0,), _OURS, variants=_FIRST_TRIED),
         Part("ablations", (0, 1, 2), _OURS, variants=_MORE_ROWS),
         Part("ablations", (0, 1, 2), ("mft_seed",)),
         Part("ablations", (2,), ("continued",)),
         Part("report", (0, 1, 2, 3, 4), checkpoints=("baseline",)),
         Part("report", (5, 6)),
-        Part("inspections", (0, 1, 2)),
+        Part("inspections", (0, 1, 2), ("descent", "landscape", "anatomy", "pull")),
+        Part("inspections", (5, 6), ("rounds",)),
         Part("rates", (5,), checkpoints=("90",)),
     ),
     "base": (Part("table", (0, 1, 2)), Part("checks", (0, 1, 2))),
@@ -502,7 +505,7 @@ LINE = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # shares of the way to a
 SHARES = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.25, 0.5)  # of the weights to cut
 DISTANCES = (0.0, 0.1, 0.2, 0.3, 0.4)  # in lengths of the weights' rows
 ROUNDS = 20  # of the cut with a new gradient each
-
+FINE_ROUNDS = 100  # of the same cut in smaller parts
 
 def inspect(
     run: Run,  # with a method of `INSPECTION_NAMES`
@@ -524,6 +527,10 @@ def inspect(
         return {"rows": len(rows), "pulls": _pulls(run, model, tokenizer, rows)}
     look = Look(tokenizer, rows)
     weights = maskable_weights(model)
+    if run.method == "rounds":
+        whole, measure = look(model), partial(look, model)
+        found = cut_in_rounds(model, tokenizer, rows, weights, 0.1, FINE_ROUNDS, measure)
+        return {"rows": len(rows), "whole": whole, "rounds": found}
     trained = {one.method: mask for one, mask in masks.items()}
     trained["random"] = random_mask(weights, run.keep if run.keep < 1 else 0.9, seed=run.seed)
     inspected = _descent if run.method == "descent" else _landscape
