@@ -258,12 +258,14 @@ def interleave(
     rounds: int,  # timed rounds, after an untimed one
     label: str = "bench",  # of the progress bar
     progress: bool = True,  # whether to show the bar
+    pause: float = 0.0,  # seconds of rest before each, until threads that wait for work sleep
 ) -> dict[str, list[float]]:  # seconds by name, one a round
     "Time several things in turns."
     names, times = list(steps), {name: [] for name in steps}
     for number in tqdm(range(rounds + 1), desc=label, disable=not progress, leave=False):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            time.sleep(pause)
             start = time.perf_counter()
             steps[name](number)
             if number:
@@ -351,6 +353,9 @@ def log_log_slope(
     return float(line.slope), float(line.rvalue**2)
 
 # %% ../nbs/14_bench.ipynb #3b81fa-1
+_REST = 0.03  # seconds; torch's threads spin for some milliseconds after their work
+
+
 def _layers_alone(layers, hidden):
     "The matrices of BERT layers, without the model around them: four of attention, two wider."
     shapes = [(hidden, hidden)] * 4 + [(hidden, 4 * hidden), (4 * hidden, hidden)]
@@ -383,7 +388,8 @@ def switch_passes(
         for count in threads:
             torch.set_num_threads(count)
             switch.use("1")
-            found[str(count)] = interleave(steps, rounds, f"switch, {count} threads", progress)
+            label = f"switch, {count} threads"
+            found[str(count)] = interleave(steps, rounds, label, progress, _REST)
     finally:
         torch.set_num_threads(before)
     return found

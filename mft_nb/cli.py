@@ -129,10 +129,7 @@ def mft_reproduce(
     engine: str = "processes",  # or ray: here, or on the cluster that RAY_ADDRESS names
 ):
     "Run what is missing of a profile's experiment, print its table and draw its figures."
-    from mft_nb.evidence import EVIDENCE
     from mft_nb.experiment import Place, get_profile, missing_runs, run_missing
-    from mft_nb.inside import INSIDE
-    from mft_nb.plots import FIGURES, draw_all
 
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; allowed is 0 (one a core) or more.")
@@ -153,7 +150,7 @@ def mft_reproduce(
     run_missing(runs, place, jobs, engine=engine)
     print_results(place.records(profile), Path("results") / profile)
     if not _newer(Path(out) / "figures", Path(out) / "results"):
-        draw_all(Path(out) / "results", Path(out) / "figures", FIGURES | EVIDENCE | INSIDE)
+        _draw(Path(out) / "results", Path(out) / "figures")
     print(f"figures are in {Path(out) / 'figures'}")
 
 # %% ../nbs/11_cli.ipynb #ffba10bd
@@ -187,12 +184,18 @@ def mft_figures(
     figures: str = "figures",  # folder for the PNG and SVG files
 ):
     "Draw every figure from records; nothing is trained."
+    for path in _draw(Path(results), Path(figures)):
+        print(path)
+
+
+def _draw(results, figures):
+    "Every figure that there is."
     from mft_nb.evidence import EVIDENCE
     from mft_nb.inside import INSIDE
+    from mft_nb.ledger import LEDGER
     from mft_nb.plots import FIGURES, draw_all
 
-    for path in draw_all(Path(results), Path(figures), FIGURES | EVIDENCE | INSIDE):
-        print(path)
+    return draw_all(results, figures, FIGURES | EVIDENCE | INSIDE | LEDGER)
 
 # %% ../nbs/11_cli.ipynb #c2453f90
 @call_parse

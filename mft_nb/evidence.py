@@ -6,8 +6,8 @@
 __all__ = ['CELL', 'FACTOR_NAMES', 'CHOICE_NAMES', 'VARIANT_NAMES', 'CONTROL_COLOR', 'BELOW', 'LINE_LOOKS', 'STEPS', 'ALONE',
            'OURS', 'ABLATIONS', 'EVIDENCE', 'effects', 'against', 'verdict', 'name_of', 'in_points', 'effects_table',
            'main_runs', 'main_effects', 'effects_figure', 'read_inspections', 'descent_figure', 'landscape_figure',
-           'agreement', 'agreement_figure', 'waterfall_figure', 'ablations_figure', 'curves_figure', 'harmless_share',
-           'constant_answer', 'knowledge_kept']
+           'agreement', 'agreement_figure', 'waterfall_figure', 'ablations_figure', 'candidates', 'choice_figure',
+           'curves_figure', 'harmless_share', 'constant_answer', 'knowledge_kept']
 
 # %% ../nbs/10b_evidence.ipynb #56f275ee
 from collections.abc import Callable
@@ -273,9 +273,15 @@ def read_inspections(
     kind: str,  # of `mft_nb.experiment.INSPECTION_NAMES`
 ) -> list[dict]:  # records sorted by seed; MissingRecords if there are none
     "Every inspection of a kind."
-    paths = sorted(Path(folder).glob(f"inspections/seed*-{kind}.json"))
-    if not paths:
+    records = _inspections(folder, kind)
+    if not records:
         raise MissingRecords(f"{folder} has no inspections named {kind}.")
+    return records
+
+
+def _inspections(folder, kind):
+    "Every inspection of a kind, perhaps none."
+    paths = sorted(Path(folder).glob(f"inspections/seed*-{kind}.json"))
     return [read_record(path) for path in paths]
 
 
@@ -319,11 +325,17 @@ def descent_figure(
     line.set(xlabel="share of the way to the mask", ylabel="training loss", yscale="log")
     line.legend(**BELOW)
     _predicted_panel(change, records)
-    _rounds_panel(rounds, records)
+    fine = _inspections(folder, "rounds")
+    _rounds_panel(rounds, records, fine)
     seeds = [record["asked"]["seed"] for record in records]
     rows = records[0]["happened"]["rows"]
     note = f"{_where(folder, seeds)} Best checkpoint, loss on {rows} training sentences."
-    _headline(figure, _descent_title(records), note + " Bands: range over seeds.")
+    note += " Bands: range over seeds."
+    if fine:
+        finest = fine[0]["happened"]["rounds"][-1]["round"]
+        also = " and ".join(str(record["asked"]["seed"]) for record in fine)
+        note += f" The cut in {finest} rounds: seeds {also}."
+    _headline(figure, _descent_title(records), note)
     return figure
 
 # %% ../nbs/10b_evidence.ipynb #f01210c3
@@ -342,14 +354,15 @@ def _predicted_panel(axes, records):
     axes.legend(**BELOW)
 
 
-def _rounds_panel(axes, records):
-    "Accuracy while a tenth is cut in rounds, and at once."
-    tables = [pd.DataFrame(record["happened"]["rounds"]) for record in records]
-    for table in tables:
-        table["percent"] = 100 * table.accuracy
-        table["cut"] = table.cut.round(4)
-    look = {"color": COLORS["gradient_all"], "marker": "v", "ms": 4}
-    _mean_curve(axes, tables, "cut", "percent", label="in rounds, fresh gradients", **look)
+def _rounds_panel(axes, records, fine):
+    "Accuracy while a tenth is cut in rounds, in finer ones, and at once."
+    looks = ((records, {"color": COLORS["gradient_all"], "marker": "v", "ms": 4}),)
+    looks += ((fine, {"color": COLORS["mft_paper"]}),) if fine else ()
+    for several, look in looks:
+        tables = [pd.DataFrame(record["happened"]["rounds"]) for record in several]
+        tables = [t.assign(percent=100 * t.accuracy, cut=t.cut.round(4)) for t in tables]
+        label = f"in {tables[0]['round'].max()} rounds, fresh gradients"
+        _mean_curve(axes, tables, "cut", "percent", label=label, **look)
     for rule, method in (("fastest", "gradient_fastest"), ("fastest of the small", "magnitude")):
         once = [table[table.share <= 0.1] for table in _cuts(records, rule)]
         once = [table.assign(percent=100 * table.accuracy) for table in once]
@@ -474,6 +487,11 @@ def _effect_bars(axes, found, rows):
     axes.invert_yaxis()
 
 
+def _keys(found):
+    "Method, variant and share of each effect, as the rows of a figure are called."
+    return list(found[["method", "variant", "keep"]].itertuples(index=False, name=None))
+
+
 def _found(folder, study, rows):
     "Effects on the best checkpoint of those `rows` that were run, their names, and the seeds."
     if not any(Path(folder).glob(f"{study}/*.json")):
@@ -538,15 +556,58 @@ def ablations_figure(
     axes = figure.subplots()
     _effect_bars(axes, found, names)
     axes.set_xlabel("difference to no mask (points)")
-    ours = {key: ABLATIONS[key] for key in names if key[0] == OURS}
-    if not ours:
-        raise MissingRecords(f"{folder} has no runs of our recipe on the best checkpoint.")
-    best = max(ours, key=lambda key: found.loc[key].difference)
-    worst = min(ours, key=lambda key: found.loc[key].difference)
-    title = f"From {_points(found.loc[worst].difference)} ({ours[worst]}) to "
-    title += f"{_points(found.loc[best].difference)} points ({ours[best]})"
     note = f"{_where(folder, seeds)} Best checkpoint. Bars: 95 % intervals over seeds; dotted: one "
     note += "seed, over sentences."
+    _headline(figure, _ablations_title(folder), note)
+    return figure
+
+
+def _ablations_title(folder):
+    "Which changes are told apart from our recipe on the same seeds."
+    frame = results_frame(folder, ("ablations",))
+    beside = effects(against(frame[frame.checkpoint == "90"], OURS))
+    beside = beside[[key in ABLATIONS for key in _keys(beside)]]
+    clear = beside[[verdict(one) in ("helps", "hurts") for _, one in beside.iterrows()]]
+    pairs = zip(_keys(clear), clear.itertuples(), strict=True)
+    names = [f"{ABLATIONS[key]} {in_points(one)}" for key, one in pairs]
+    told = f"Told apart from our recipe, in points: {'; '.join(names)}"
+    return told if names else "No single change is told apart from our recipe"
+
+# %% ../nbs/10b_evidence.ipynb #choice02
+def candidates(
+    folder: str | Path,  # of one profile's records
+) -> pd.DataFrame:  # `effects` on validation beside ours, the best first; name
+    "Recipes on the best checkpoint beside ours, where a choice may look."
+    place, tried = Path(folder), ("waterfall", "rates", "ablations")
+    frame = results_frame(place, [study for study in tried if any(place.glob(f"{study}/*.json"))])
+    recipes = frame.method.astype(str).str.startswith("mft_") & (frame.keep >= 0.9)
+    frame = frame[recipes & (frame.checkpoint == "90")]
+    beside = against(frame.assign(accuracy=frame.validation), OURS)
+    found = effects(beside[beside.difference.notna()])
+    found["name"] = [name_of(one) for _, one in found.iterrows()]
+    return found.sort_values("difference", ascending=False, ignore_index=True)
+
+
+@rc_context(STYLE)
+def choice_figure(
+    folder: str | Path,  # of one profile's records
+) -> Figure:  # MissingRecords without the study waterfall
+    "Recipes with three seeds or more beside ours, on validation."
+    if not any(Path(folder).glob("waterfall/*.json")):
+        raise MissingRecords(f"{folder} has no runs of the study waterfall.")
+    found = candidates(folder)
+    found = found[found.seeds >= 3]
+    figure = Figure(figsize=(7, 1 + 0.26 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    rows = dict(zip(_keys(found), found.name.str.removeprefix("MFT, "), strict=True))
+    _effect_bars(axes, found.set_index(["method", "variant", "keep"]).sort_index(), rows)
+    axes.tick_params(axis="y", labelsize=9)
+    axes.set_xlabel("validation accuracy beside ours (points)")
+    ahead = found[(found.difference > 0) & (found.p_holm < 0.05)]
+    title = f"Clearly ahead of ours on validation: {', '.join(ahead.name) or 'none'}"
+    fewest, most = found.seeds.min(), found.seeds.max()
+    note = f"Profile {Path(folder).name}: best checkpoint. Bars: 95 % intervals over {fewest} to "
+    note += f"{most} seeds."
     _headline(figure, title, note)
     return figure
 
@@ -638,6 +699,7 @@ EVIDENCE: dict[str, Callable[[Path], Figure]] = {
     "effects": effects_figure,
     "waterfall": waterfall_figure,
     "ablations": ablations_figure,
+    "choice": choice_figure,
     "curves": curves_figure,
     "descent": descent_figure,
     "landscape": landscape_figure,

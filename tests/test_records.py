@@ -10,6 +10,7 @@ from mft_nb.cli import grid_status
 from mft_nb.evidence import EVIDENCE
 from mft_nb.experiment import Place, missing_runs, plan
 from mft_nb.inside import INSIDE
+from mft_nb.ledger import LEDGER
 from mft_nb.results import read_predictions, read_records, results_frame, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,7 @@ def test_the_grid_status_counts_records():
 
 
 def test_published_figures_are_those_of_the_records(tmp_path):
-    every = plots.FIGURES | EVIDENCE | INSIDE
+    every = plots.FIGURES | EVIDENCE | INSIDE | LEDGER
     drawn = {path.name for path in plots.draw_all(ROOT / "results", tmp_path, every)}
     published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
     assert drawn == published - {"front_page_0.png"}
