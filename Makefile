@@ -9,6 +9,7 @@ SHARD ?=
 ENGINE ?= processes
 OUT ?= reproduction
 JOBS ?= 0
+PRECISION ?=
 DATA ?=
 
 # One thread a process: the numbers in notebooks and tests do not depend on the number of cores.
@@ -20,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
-	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray\n"
+	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray PRECISION=float32\n"
 
 install: .venv/.installed ## set up .venv with pinned versions
 
@@ -37,7 +38,7 @@ parts: install ## fetch the embedded model and sentences into the cache (86 MB, 
 	@$(BIN)/python -c "from mft_nb.data import read_snippets; from mft_nb.model import fetch_model; read_snippets(); fetch_model('minilm')"
 
 reproduce: install ## run the experiment, print its table, draw its figures
-	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" --jobs $(JOBS) --studies "$(STUDIES)" --shard "$(SHARD)" --engine $(ENGINE) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" --jobs $(JOBS) --studies "$(STUDIES)" --shard "$(SHARD)" --engine $(ENGINE) --precision "$(PRECISION)" $(if $(DATA),--data "$(DATA)")
 
 results: install ## say how complete the grid is, print every table, draw every figure from records
 	$(BIN)/mft_results

@@ -127,13 +127,22 @@ def mft_reproduce(
     studies: str = "",  # such as table,controls (default: the profile's); published: all, own seeds
     shard: str = "",  # i/n: the i-th of n shares of the seeds, for n machines
     engine: str = "processes",  # or ray: here, or on the cluster that RAY_ADDRESS names
+    precision: str = "",  # float32 or bfloat16, of every training (default: the profile's)
 ):
     "Run what is missing of a profile's experiment, print its table and draw its figures."
-    from mft_nb.experiment import Place, get_profile, missing_runs, run_missing
+    from mft_nb.experiment import (
+        Place,
+        bfloat16_is_slow,
+        get_profile,
+        missing_runs,
+        run_missing,
+        with_precision,
+    )
 
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; allowed is 0 (one a core) or more.")
     chosen = get_profile(profile)
+    chosen = with_precision(chosen, precision) if precision else chosen
     if data and chosen.data != "sst2":
         raise ValueError(
             f"data is {data!r}, but profile {profile} brings its own. Use --profile sst2."
@@ -147,7 +156,12 @@ def mft_reproduce(
         f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to "
         f"{place.records(profile)}"
     )
-    run_missing(runs, place, jobs, engine=engine)
+    if waiting and chosen.precision == "bfloat16" and bfloat16_is_slow():
+        print(
+            "This processor has no bfloat16 products of its own: training will take a hundred "
+            "times as long as with --precision float32 (with make: PRECISION=float32)."
+        )
+    run_missing(runs, place, jobs, chosen, engine=engine)
     print_results(place.records(profile), Path("results") / profile)
     if not _newer(Path(out) / "figures", Path(out) / "results"):
         _draw(Path(out) / "results", Path(out) / "figures")

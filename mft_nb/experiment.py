@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROFILES', 'SWEEP', 'RATES', 'FACTORS', 'CHOICES', 'VARIANTS', 'INSPECTION_NAMES', 'STUDIES', 'PUBLISHED',
            'INSPECTED_ROWS', 'LINE', 'SHARES', 'DISTANCES', 'ROUNDS', 'FINE_ROUNDS', 'ENGINES', 'Profile',
-           'get_profile', 'Run', 'needed_masks', 'plan', 'Part', 'published_plan', 'shard', 'Place', 'treat', 'inspect',
-           'describe_mask', 'environment', 'check_same_checkpoint', 'do_run', 'do_fine_tuning', 'missing_runs',
-           'missing_seeds', 'check_same_experiment', 'only_one', 'run_missing']
+           'get_profile', 'with_precision', 'bfloat16_is_slow', 'Run', 'needed_masks', 'plan', 'Part', 'published_plan',
+           'shard', 'Place', 'treat', 'inspect', 'describe_mask', 'environment', 'check_same_checkpoint', 'do_run',
+           'do_fine_tuning', 'missing_runs', 'missing_seeds', 'check_same_experiment', 'only_one', 'run_missing']
 
 # %% ../nbs/09_experiment.ipynb #9bbc3b26
 import json
@@ -142,6 +142,21 @@ def get_profile(
     if name not in PROFILES:
         raise ValueError(f"profile is {name!r}; known are {', '.join(PROFILES)}.")
     return PROFILES[name]
+
+
+def with_precision(
+    profile: Profile,  # any
+    precision: str,  # "float32" or "bfloat16"; ValueError for another
+) -> Profile:  # the same with every training in that precision
+    "A profile for a processor whose fast precision is another one."
+    tuning = replace(profile.fine_tuning, precision=precision)
+    return replace(profile, precision=precision, fine_tuning=tuning)
+
+
+def bfloat16_is_slow() -> bool:  # True for an x86 processor without products of its own for it
+    "Whether training in bfloat16 would take a hundred times as long as in float32 here."
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 # %% ../nbs/09_experiment.ipynb #181873db
 SWEEP = {  # method: shares to keep on the best checkpoint, beside the table's 0.9
@@ -327,6 +342,7 @@ class Part:
 
 
 _OURS = ("mft_recommended",)
+_RECIPES = tuple(method for method in METHOD_NAMES if method.startswith("mft_"))
 _MORE_ROWS = ("rows_24000",)
 _SMALL = ("", *(name for name in CHOICES if name not in _MORE_ROWS))
 _FIRST_TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
@@ -352,7 +368,15 @@ PUBLISHED = {  # profile: what has records in the project's results/, or will
         Part("inspections", (5, 6), ("rounds",)),
         Part("rates", (5,), checkpoints=("90",)),
     ),
-    "base": (Part("table", (0, 1, 2)), Part("checks", (0, 1, 2))),
+    "base": (  # seeds 3 to 5 in float32, on a processor without bfloat16
+        Part("table", (0, 1, 2), checkpoints=("baseline",)),
+        Part("table", (0, 1, 2), ("none", "random"), ("75",)),
+        Part("table", (3, 4, 5), checkpoints=("75",)),
+        Part("table", (0, 1, 2), ("none", "random", "gradient_all", *_RECIPES), ("90",)),
+        Part("table", (3,), ("none",), ("90",)),
+        Part("table", (0, 1, 3), ("gradient_fastest", "magnitude"), ("90",)),
+        Part("checks", (0, 1, 2)),
+    ),
 }
 
 
@@ -900,6 +924,7 @@ def check_same_experiment(
         if record["asked"]["method"] == "fine_tuning":
             now = asdict(replace(profile.fine_tuning, seed=record["asked"]["seed"]))
             then = record["asked"]["settings"]  # without the settings that came later
+            then = {name: value for name, value in then.items() if name != "precision"}
             other = other or then != {name: now.get(name) for name in then}
         if other:
             raise ValueError(
