@@ -353,11 +353,12 @@ def mft_fit(
     recipe: str = "recommended",  # recommended, seed or paper
     keep: float = 0.9,  # share of the weights that stay
     layers: str = "middle",  # middle, all, or numbers such as 4-7
-    target_modules: str = "",  # regular expressions, such as query,value (default: all weights)
+    target_modules: str = "",  # patterns with commas between (none: the layers' linear weights)
     epochs: float = 2.0,  # passes over the training rows
     learning_rate: float = None,  # of the scores (default: the recipe's)
     batch_size: int = None,  # rows an optimizer step (default: the recipe's)
     scope: str = "tensor",  # where the share holds: tensor, layer, global, neuron, head, or 2:4
+    max_length: int = 128,  # tokens of a text that are read; what follows is cut off
     seed: int = 0,  # order of the rows, held-out rows, random start
     keep_activations: bool = False,  # compute what lies below the masked layers only once
     overwrite: bool = False,  # replace the mask that out holds
@@ -366,6 +367,8 @@ def mft_fit(
     "Learn which weights of a classifier to switch off, and save the mask."
     from mft_nb.mask import MFT, MaskConfig
 
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; allowed are whole numbers from 0.")
     given = {"learning_rate": learning_rate, "batch_size": batch_size}
     config = replace(
         MaskConfig.recipe(recipe),
@@ -374,6 +377,7 @@ def mft_fit(
         target_modules=tuple(filter(None, target_modules.split(","))),
         epochs=epochs,
         scope=scope,
+        max_length=max_length,
         start_seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -387,7 +391,7 @@ def mft_fit(
     _need_head(classifier, model)
     mft = MFT(classifier, config)
     mft.print_trainable_parameters()
-    before = predict(mft.unload(), tokenizer, held)
+    before = predict(mft.unload(), tokenizer, held, max_length=max_length)
     mft = MFT(classifier, config)
     history = mft.fit(
         tokenizer,
@@ -401,7 +405,7 @@ def mft_fit(
     )
     path = mft.save_pretrained(out)
     _write_history(Path(out) / "history.json", history)
-    after = predict(mft.model, tokenizer, held)
+    after = predict(mft.model, tokenizer, held, max_length=max_length)
     print(f"{len(held)} held-out sentences, {len(train_rows)} trained on")
     print(_describe(before, after, held.with_format("numpy")["label"][:]))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
@@ -434,6 +438,8 @@ def mft_apply(
         raise ValueError(
             "Neither out nor data is given; name a folder for the masked model, a table, or both."
         )
+    if out and Path(out).is_file():
+        raise ValueError(f"out is {out}, which is a file. Name a folder.")
     if out and Path(out).exists() and any(Path(out).iterdir()):
         raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
     _check_source(model)
@@ -451,8 +457,9 @@ def mft_apply(
     print(mft.bitmask())
     if rows is not None:
         table = Dataset.from_pandas(rows)
-        after = predict(mft.model, tokenizer, table)
-        before = predict(mft.unload(), tokenizer, table)
+        length = mft.config.max_length  # as it was trained
+        after = predict(mft.model, tokenizer, table, max_length=length)
+        before = predict(mft.unload(), tokenizer, table, max_length=length)
         print(_describe(before, after, rows.label.to_numpy()))
         mft = MFT.from_pretrained(classifier, place)
     if out:

@@ -225,11 +225,27 @@ def _check_rows(frame, path):
     return frame.assign(label=frame["label"].astype(int))
 
 # %% ../nbs/00_data.ipynb #63809dfa
+def _check_sentences(rows, what):
+    "Refuse what is no data set, and sentences that are no text."
+    if not isinstance(rows, Dataset):
+        raise TypeError(
+            f"{what} is a {type(rows).__name__}; allowed is a datasets.Dataset with the columns "
+            "sentence and label, such as Dataset.from_pandas(table) or Dataset.from_list(rows)."
+        )
+    for number, sentence in enumerate(rows["sentence"] if "sentence" in rows.column_names else ()):
+        if not isinstance(sentence, str):
+            raise ValueError(
+                f"{what} has the sentence {sentence!r} in row {number}; allowed is text. Leave the "
+                "row out."
+            )
+
+
 def check_rows(
     rows: Dataset,  # to train or to evaluate on
     what: str,  # how the message calls them
 ) -> None:
     "Refuse rows without the columns sentence and label, or with labels other than 0 and 1."
+    _check_sentences(rows, what)
     if len(rows) == 0:
         raise ValueError(f"{what} is empty; give at least one labelled sentence.")
     missing = [name for name in ("sentence", "label") if name not in rows.column_names]
@@ -370,7 +386,9 @@ def tokenise(
     max_length: int = 128,  # tokens; longer sentences are cut
 ) -> Dataset:  # columns input_ids, attention_mask, length and, if given, labels
     "Token ids of each sentence, unpadded."
-    encoded = tokenizer(list(rows["sentence"]), truncation=True, max_length=max_length)
+    _check_sentences(rows, "rows")
+    options = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
+    encoded = tokenizer(list(rows["sentence"]), **options)
     columns = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
     if "label" in rows.column_names:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COURSES', 'PULL_NAMES', 'SHAPED', 'SURE', 'INSIDE', 'course', 'course_figure', 'pull_table', 'mask_shapes',
-           'shapes_figure', 'turned', 'turned_figure', 'often_turned']
+           'shapes_figure', 'turned', 'on_shared_seeds', 'turned_figure', 'often_turned']
 
 # %% ../nbs/10c_inside.ipynb #00a491b3
 from collections.abc import Callable
@@ -229,6 +229,15 @@ def turned(
         raise MissingRecords(f"{folder} has no treated runs beside the untreated {checkpoint}.")
     return pd.concat(tables, ignore_index=True)
 
+
+def on_shared_seeds(
+    found: pd.DataFrame,  # from `turned`
+    methods: list[str],  # such as "random"
+) -> pd.DataFrame:  # rows of the seeds that all these methods have
+    "What makes counts of several methods comparable."
+    seeds = [set(found.seed[found.method == method]) for method in methods]
+    return found[found.seed.isin(set.intersection(*seeds))]
+
 # %% ../nbs/10c_inside.ipynb #48fb1ace
 @rc_context(STYLE)
 def turned_figure(
@@ -239,6 +248,7 @@ def turned_figure(
     if not (found.method == "mft_recommended").any():
         raise MissingRecords(f"{folder} has no runs of our recipe on the best checkpoint.")
     shown = [method for method in (*SHAPED, "random") if (found.method == method).any()]
+    found = on_shared_seeds(found, shown)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     counts, share = figure.subplots(1, 2)
     for row, method in enumerate(shown):

@@ -461,7 +461,7 @@ def _remember(self: MFT, model, chosen):
     self._asked_gradient = {name: p.requires_grad for name, p in parameters.items()}
     self._order = {}
     self._on = True
-    self._hook = None
+    self._hook = self._penalty = None
     self._dropped = []
 
 # %% ../nbs/06_mask.ipynb #ff8a0f-3
@@ -490,18 +490,22 @@ def _register(self: MFT):
     if not self.config.dropout:
         self._dropped = _silence_dropout(self.model)
     if self.config.l1 and self.scores:
-        self._hook = self.model.register_forward_hook(
-            _AddPenalty(self.config, list(self._masked.values())), with_kwargs=True
-        )
+        self._penalty = _AddPenalty(self.config, list(self._masked.values()))
+        self._hook = self.model.register_forward_hook(self._penalty, with_kwargs=True)
     _save_plain(self.model)
 
 # %% ../nbs/06_mask.ipynb #724af908
+_MISSED = 8  # forward passes
+
+
 class _AddPenalty:
     "Forward hook: add the penalty on the scores to the loss that the model returns in training."
 
     def __init__(self, config, masked):
         self.config = config
         self.masked = masked
+        self.asked = False  # whether a loop adds the penalty itself
+        self.missed = 0  # forward passes without a loss to add it to
 
     def penalty(self):
         scores = [one.scores for one in self.masked]
@@ -513,6 +517,8 @@ class _AddPenalty:
     def __call__(self, model, inputs, options, output):
         named = isinstance(output, dict)  # a plain one, or transformers' own
         loss = output.get("loss") if named else getattr(output, "loss", None)
+        if loss is None and model.training and torch.is_grad_enabled():
+            self._warn_once()
         if not model.training or loss is None:
             return output
         loss = loss + _share_of_step(model, options) * self.penalty()
@@ -521,6 +527,17 @@ class _AddPenalty:
         else:
             output.loss = loss
         return output
+
+    def _warn_once(self):
+        "Warn, after some steps, of a training that knows nothing of the penalty."
+        self.missed += 1
+        if self.missed == _MISSED and not self.asked:
+            warnings.warn(
+                f"In {_MISSED} training passes the model returned no loss, so the penalty on the "
+                "scores (l1) was not added. Add mft.penalty() to the loss that you compute; "
+                "Trainer computes its own with label_smoothing_factor or compute_loss_func.",
+                stacklevel=2,
+            )
 
 
 def _share_of_step(model, options):
@@ -549,9 +566,10 @@ def _silence_dropout(model):
 @patch
 def penalty(self: MFT) -> Tensor:  # a scalar; 0 without a penalty
     "The penalty on the scores: l1 times the sum or mean of |scores|."
-    if not self.config.l1 or not self.scores:
+    if self._penalty is None:
         return torch.zeros(())
-    return _AddPenalty(self.config, list(self._masked.values())).penalty()
+    self._penalty.asked = True
+    return self._penalty.penalty()
 
 
 @patch
@@ -720,6 +738,8 @@ def save_pretrained(
     if self._along:
         settings["modules_sha256"] = self._save_modules(Path(folder))
     self._warn_of_cut_neurons()
+    if Path(folder).is_file():
+        raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
     mask, base = self.bitmask(), weights_sha256(self._weights)
     return save_mask(mask, Path(folder) / MASK_FILE, base, settings)
 

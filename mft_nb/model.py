@@ -139,7 +139,7 @@ def load_classifier(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error, place)
         raise FileNotFoundError(
             f"No model could be loaded from {str(source)!r} ({reason}). Give a known name "
             f"({', '.join(KNOWN_MODELS)}), an existing folder with config.json, weights and "
@@ -155,6 +155,18 @@ def load_classifier(
     return model.eval(), tokenizer
 
 # %% ../nbs/01_model.ipynb #07c678-1
+def _reason(error, place):
+    "Why a model could not be loaded, in a line."
+    lines = str(error).strip().splitlines()
+    shapes = [line for line in lines if "size mismatch" in line or "MISMATCH" in line]
+    if shapes or "report" in lines[0]:
+        return (
+            "its weights have other shapes than its config.json says; is num_labels or id2label "
+            "there as the model was trained?"
+        )
+    return lines[0]
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -182,9 +194,14 @@ def _check_two_classes(config, source):
 
 # %% ../nbs/01_model.ipynb #07c678-2
 def _locate(source):
-    "What transformers should load for a name, folder or hub id."
+    "What transformers should load for a name, folder or hub id; a `Path` is always a folder."
     known = KNOWN_MODELS.get(str(source))
-    if known:
+    if known and isinstance(source, str) and (Path(source) / "config.json").exists():
+        raise ValueError(
+            f"source is {source!r}, a model that this library knows and a model folder here. Write "
+            f"./{source} for the folder, or leave that place for the other."
+        )
+    if known and not isinstance(source, Path):
         return known.get("hub") or fetch_model(str(source))
     looks_like_path = (
         isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source)
@@ -374,13 +391,22 @@ def _refusal(module):
     weight = module._parameters.get("weight")
     packed = hasattr(module, "qweight") or callable(getattr(module, "weight", None))
     if weight is None and not packed:
-        return "is computed from other parameters, as by weight_norm, spectral_norm or pruning"
+        if hasattr(module, "base_layer"):
+            return (
+                "is wrapped by an adapter (LoRA or another of PEFT). Merge it, for example with "
+                "model.merge_and_unload(), and mask the plain model"
+            )
+        return (
+            "is computed from other parameters, as by weight_norm, spectral_norm or pruning. Undo "
+            "that"
+        )
     if weight is not None and is_lazy(weight):
-        return "has no shape yet; run the model once"
+        return "has no shape yet. Run the model once"
     if packed or hasattr(weight, "__tensor_flatten__"):
-        return f"is quantized or sharded ({type(module).__name__})"
+        return f"is quantized or sharded ({type(module).__name__}). Load it as it was before"
     if not weight.is_floating_point() or weight.itemsize == 1:
-        return f"is quantized, stored as {str(weight.dtype).removeprefix('torch.')}"
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"is quantized, stored as {kind}. Load it as it was before"
     return None
 
 
@@ -403,8 +429,8 @@ def _check_carriers(linear):
     for name, module in linear.items():
         if reason := _refusal(module):
             raise ValueError(
-                f"The weight {name!r} cannot be masked: it {reason}. Undo that first, or name it "
-                "in exclude_modules to leave it whole."
+                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
+                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
             )
 
 # %% ../nbs/01_model.ipynb #8569affa

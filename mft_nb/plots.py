@@ -161,11 +161,19 @@ def _stems(checkpoint):
     return [f"{checkpoint}-{method}" for method in METHOD_NAMES]
 
 
-def _finished(folder):
-    "The checkpoints on which some seed has every run of the table; all where there is none."
-    there = {record["name"].split("-", 1)[1] for record in read_records(folder)}
-    done = [name for name in CHECKPOINT_NAMES if there.issuperset(_stems(name))]
-    return done or list(CHECKPOINT_NAMES)
+def _whole_panels(folder):
+    "By checkpoint, the runs of the seeds that have its whole table, and the constant's accuracy."
+    found, first = {}, None
+    for checkpoint in CHECKPOINT_NAMES:
+        try:
+            runs, majority = _runs(folder, _stems(checkpoint))
+        except MissingRecords as error:
+            first = first or error
+            continue
+        found[checkpoint] = (runs[runs.checkpoint == checkpoint], majority)
+    if not found:
+        raise first
+    return found
 
 
 def _error_bar(axes, position, over, method, vertical=True, **options):
@@ -204,6 +212,8 @@ def _gain(runs):
         p_value = p_text(runs.p_value.iloc[0])
         relation = f"< {p_value[1:]}" if p_value.startswith("<") else f"= {p_value}"
         return f"{_points(runs.difference.iloc[0])} (p {relation})".replace(" ", GLUE)
+    if len(runs) == 2:  # an interval over two says next to nothing, in a title too much
+        return f"{_points(runs.difference.mean())} (two seeds)".replace(" ", GLUE)
     over = seed_interval(runs.difference.to_numpy(), unit="points")
     text = f"{_points(over.estimate)} [{_points(over.low)}, {_points(over.high)}]"
     return text.replace(" ", GLUE)
@@ -215,8 +225,9 @@ def accuracy_figure(
     reported: bool = True,  # whether to show what the seed experiment reported
 ) -> Figure:  # a panel a checkpoint; MissingRecords if no seed has all runs of one
     "Accuracy by checkpoint and method with 95 % intervals."
-    shown = _finished(folder)
-    runs, majority = _runs(folder, [stem for c in shown for stem in _stems(c)])
+    whole = _whole_panels(folder)
+    shown = list(whole)
+    runs, majority = pd.concat([runs for runs, _ in whole.values()]), whole[shown[0]][1]
     figure = Figure(figsize=(max(5.5, 1 + 2 * len(shown)), 3.7), layout="constrained")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     gains = []
@@ -226,7 +237,8 @@ def accuracy_figure(
         axes.axvline(100 * majority, color=GREY, ls="--", lw=1, label="best constant answer")
         if reported:
             _reported_marks(axes, REPORTED[checkpoint])
-        axes.set_title(name)
+        many = mine.seed.nunique()
+        axes.set_title(name if many == runs.seed.nunique() else f"{name}, n = {many}")
         best = mine[(mine.method == "mft_recommended") & (mine.keep == 0.9)]
         gains.append(f"{_gain(best)} on {name}")
     panels[0].set_yticks(range(len(METHOD_NAMES)), METHOD_NAMES.values())
@@ -240,7 +252,9 @@ def accuracy_figure(
     cut = _percent(runs.masked[(runs.method != "none") & ~every & (runs.keep == 0.9)].mean())
     note = f" Bars: 95 % intervals, {kind}. Masks cut {cut}"
     note += f", the gradient idea in full {_percent(runs.masked[every].mean())}."
-    ours, many = METHOD_NAMES["mft_recommended"], f" (n = {len(seeds)})" if len(seeds) > 1 else ""
+    counts = {mine.seed.nunique() for mine, _ in whole.values()}
+    many = f" (n = {counts.pop()})" if len(counts) == 1 and len(seeds) > 1 else ""
+    ours = METHOD_NAMES["mft_recommended"]
     title = f"{ours}, in points of accuracy{many}: {', '.join(gains)}"
     _headline(figure, title, _where(folder, seeds, int(runs.n.iloc[0])) + note)
     return figure

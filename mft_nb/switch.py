@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .bitmask import BitMask, check_same_shapes, load_mask
-from .mask import MASK_FILE, FixedMask, MaskedWeight
+from .mask import MASK_FILE, MODULES_FILE, FixedMask, MaskedWeight
 
 # %% ../nbs/12_switch.ipynb #e6a1b7f4
 _PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
@@ -65,6 +65,13 @@ class MaskSwitch:
 @patch
 def _check_model(self: MaskSwitch):
     "Refuse a model whose weights are made by an MFT."
+    # another switch's mask would be taken for the base
+    other = getattr(self.model, "mask_in_force", None)
+    if other is not None and self.model.mask_switch != id(self):
+        raise ValueError(
+            f"The mask {other!r} of another MaskSwitch is in force on the model, so its weights "
+            "are not the base. Call use(None) on that switch first, or add all masks to it."
+        )
     if any(isinstance(module, (MaskedWeight, FixedMask)) for module in self.model.modules()):
         raise ValueError(
             "The model carries a mask of an MFT. Call unload() or merge_and_unload() on that MFT "
@@ -130,8 +137,15 @@ def add(
 def _load(self: MaskSwitch, path):
     "The mask in a file or folder, checked against the base weights."
     with self.using(None):
-        parameters = dict(self.model.named_parameters())
-        return load_mask(path / MASK_FILE if path.is_dir() else path, parameters).mask
+        path = path / MASK_FILE if path.is_dir() else path
+        saved = load_mask(path, dict(self.model.named_parameters()))
+    if "modules_sha256" in saved.config:
+        raise ValueError(
+            f"{path} was trained along with other modules ({MODULES_FILE}), which a switch would "
+            "leave behind. Put it on a model of its own with MFT.from_pretrained, or give "
+            "load_mask(path).mask to take the mask alone."
+        )
+    return saved.mask
 
 # %% ../nbs/12_switch.ipynb #6a40d8f1
 @patch
@@ -159,6 +173,7 @@ def use(
         self._switch_pieces(keys, weights, after)
     self._active = name
     self.model.mask_in_force = name  # MFT refuses the model as long as there is one
+    self.model.mask_switch = id(self)
     self._versions = {weight: weights[weight]._version for weight, _ in after}
 
 # %% ../nbs/12_switch.ipynb #5e80b3d7
