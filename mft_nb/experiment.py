@@ -367,6 +367,7 @@ PUBLISHED = {  # profile: what has records in the project's results/, or will
         Part("inspections", (0, 1, 2), ("descent", "landscape", "anatomy", "pull")),
         Part("inspections", (5, 6), ("rounds",)),
         Part("rates", (5,), checkpoints=("90",)),
+        Part("controls", (5,), tuple(CONTROL_RATES), ("90",)),
     ),
     "base": (  # seeds 3 to 5 in float32, on a processor without bfloat16
         Part("table", (0, 1, 2), checkpoints=("baseline",)),
@@ -536,6 +537,7 @@ def inspect(
     model,  # the checkpoint's model, unchanged afterwards
     tokenizer,  # its tokenizer
     rows,  # training sentences
+    test,  # test sentences; nothing is chosen by them
     place: Place,  # where trained masks lie
     bar: dict,  # progress, position: of the progress bar
 ) -> dict:  # what the record should hold
@@ -552,9 +554,7 @@ def inspect(
     look = Look(tokenizer, rows)
     weights = maskable_weights(model)
     if run.method == "rounds":
-        whole, measure = look(model), partial(look, model)
-        found = cut_in_rounds(model, tokenizer, rows, weights, 0.1, FINE_ROUNDS, measure)
-        return {"rows": len(rows), "whole": whole, "rounds": found}
+        return _fine_rounds(model, tokenizer, rows, weights, look, Look(tokenizer, test))
     trained = {one.method: mask for one, mask in masks.items()}
     trained["random"] = random_mask(weights, run.keep if run.keep < 1 else 0.9, seed=run.seed)
     inspected = _descent if run.method == "descent" else _landscape
@@ -588,6 +588,21 @@ def _descent(model, tokenizer, rows, weights, masks, look):
             for first, second in combinations(named, 2)
         ],
     }
+
+
+def _fine_rounds(model, tokenizer, rows, weights, look, on_test):
+    "The gradient's cut of a tenth in many parts; every tenth time with a look at test sentences."
+    count = 0
+
+    def measure():
+        nonlocal count
+        count += 1
+        far = on_test(model) if count % (FINE_ROUNDS // 10) == 0 else {}
+        return look(model) | {f"test_{name}": value for name, value in far.items()}
+
+    whole = look(model) | {f"test_{name}": value for name, value in on_test(model).items()}
+    found = cut_in_rounds(model, tokenizer, rows, weights, 0.1, FINE_ROUNDS, measure)
+    return {"rows": len(rows), "whole": whole, "rounds": found}
 
 
 def _pulls(run, model, tokenizer, rows):
@@ -719,7 +734,9 @@ def do_run(
     count = VARIANTS.get(run.variant, {}).get("rows", profile.mask_rows)
     rows = _training_rows(data, count, run.seed)
     if run.method in INSPECTION_NAMES:
-        happened, predictions, settings = inspect(run, model, tokenizer, rows, place, bar), None, {}
+        test = _first(data["test"], profile.test_rows)
+        happened = inspect(run, model, tokenizer, rows, test, place, bar)
+        predictions, settings = None, {}
     else:
         watched = _first(data["validation"], profile.watch_rows)
         mask, details = treat(run, model, tokenizer, rows, watched, profile, bar)
