@@ -370,6 +370,11 @@ def _rounds_panel(axes, records, fine):
         tables = [t.assign(percent=100 * t.accuracy, cut=t.cut.round(4)) for t in tables]
         label = f"in {tables[0]['round'].max()} rounds, fresh gradients"
         _mean_curve(axes, tables, "cut", "percent", label=label, **look)
+    seen = [pd.DataFrame(record["happened"]["rounds"]).dropna() for record in fine]
+    seen = [t.assign(percent=100 * t.test_accuracy, cut=t.cut.round(4)) for t in seen]
+    if seen:
+        look |= {"ls": "--", "label": "the same, on test sentences"}
+        _mean_curve(axes, seen, "cut", "percent", **look)
     for rule, method in (("fastest", "gradient_fastest"), ("fastest of the small", "magnitude")):
         once = [table[table.share <= 0.1] for table in _cuts(records, rule)]
         once = [table.assign(percent=100 * table.accuracy) for table in once]
