@@ -10,6 +10,8 @@ __all__ = ['RECORD_FORMAT', 'CHANGING', 'METHOD_NAMES', 'CONTROL_NAMES', 'CHECKP
 # %% ../nbs/08_results.ipynb #c0dd1799
 import hashlib
 import json
+import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +155,17 @@ def results_frame(
     studies: tuple[str, ...] = (),  # names of its subfolders to read as well
 ) -> pd.DataFrame:  # a row a run, sorted by seed, checkpoint, method, keep, variant
     "Every evaluated run of a profile with its paired comparison."
+    places = (Path(folder), *(Path(folder) / study for study in studies))
+    files = [entry for place in places if place.is_dir() for entry in os.scandir(place)]
+    newest = max((entry.stat().st_mtime_ns for entry in files), default=0)
+    return _read_frame(places, os.getcwd(), len(files), newest).copy()
+
+
+@lru_cache(maxsize=8)
+def _read_frame(places, _here, _count, _newest):
+    "The frame of some folders, read once as long as they stay as they are."
     records, correct, bases = [], [], {}
-    for place in (Path(folder), *(Path(folder) / study for study in studies)):
+    for place in places:
         for record in read_records(place):
             if "test" in record["happened"]:
                 rows = read_predictions(place, record)
