@@ -245,7 +245,8 @@ def accuracy_figure(
     panels[0].invert_yaxis()
     panels[len(shown) // 2].set_xlabel("accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(shown)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 + (len(shown) > 2))
+    panels[0].set_xlim(right=min(101, panels[0].get_xlim()[1]))
     seeds = sorted(set(runs.seed))
     kind = "Student's over seeds" if len(seeds) > 1 else "Wilson's over sentences"
     every = runs.method == "gradient_all"
