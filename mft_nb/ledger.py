@@ -47,7 +47,7 @@ _STUDIES = ("controls", "ablations", "curves", "checks")
 
 def accuracy_change(
     folder: Path,  # of one profile's records
-    claim: "Claim",  # whose checkpoint, method, keep and beside to look at
+    claim,  # a `Claim`: whose checkpoint, method, keep and beside to look at
 ) -> pd.Series | None:  # as `over_seeds` gives it, a fraction of the sentences; None: no runs
     "What a treatment changes, beside no mask or another treatment."
     studies = [study for study in _STUDIES if any(folder.glob(f"{study}/*.json"))]
@@ -68,7 +68,7 @@ def accuracy_change(
 # %% ../nbs/10d_ledger.ipynb #9402c1db
 def bearing_gap(
     folder: Path,  # of one profile's records
-    claim: "Claim",  # whose method cuts
+    claim,  # a `Claim`: whose method cuts
 ) -> pd.Series | None:  # as `over_seeds` gives it, a share of the knowledge; None: no runs
     "How much more of its knowledge the best checkpoint keeps than the middling one."
     if not any(folder.glob("curves/*.json")):
@@ -81,7 +81,7 @@ def bearing_gap(
 # %% ../nbs/10d_ledger.ipynb #b4b4cd2f
 def steepness_gap(
     folder: Path,  # of one profile's records
-    claim: "Claim",  # whose method's masks to look at
+    claim,  # a `Claim`: whose method's masks to look at
 ) -> pd.Series | None:  # as `over_seeds` gives it, in nats; None: no inspections
     "How much more the loss rises around a masked model than around the checkpoint."
     try:
