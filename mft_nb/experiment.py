@@ -134,7 +134,7 @@ PROFILES["base"] = replace(
 )
 PROFILES["bert"] = replace(PROFILES["base"], name="bert", model="bert")
 
-
+# %% ../nbs/09_experiment.ipynb #profs001
 def get_profile(
     name: str,  # "embedded", "sst2", "base" or "bert"
 ) -> Profile:  # ValueError for an unknown name
@@ -340,7 +340,7 @@ class Part:
         limits += [(self.variants, run.variant), (self.keeps, run.keep)]
         return all(not allowed or value in allowed for allowed, value in limits)
 
-
+# %% ../nbs/09_experiment.ipynb #d69c47cc
 _OURS = ("mft_recommended",)
 _RECIPES = tuple(method for method in METHOD_NAMES if method.startswith("mft_"))
 _MORE_ROWS = ("rows_24000",)
@@ -380,7 +380,7 @@ PUBLISHED = {  # profile: what has records in the project's results/, or will
     ),
 }
 
-
+# %% ../nbs/09_experiment.ipynb #part0002
 def published_plan(
     profile: str,  # a key of `PUBLISHED`
 ) -> list[Run]:  # in the order in which they are tried
@@ -589,7 +589,7 @@ def _descent(model, tokenizer, rows, weights, masks, look):
         ],
     }
 
-
+# %% ../nbs/09_experiment.ipynb #rounds01
 def _fine_rounds(model, tokenizer, rows, weights, look, on_test):
     "The gradient's cut of a tenth in many parts; every tenth time with a look at test sentences."
     count = 0

@@ -355,7 +355,7 @@ def ledger_figure(
     _headline(figure, f"Of {len(rows)} claims about accuracy {told}", note)
     return figure
 
-
+# %% ../nbs/10d_ledger.ipynb #ledgfig4
 def _claim_rows(axes, rows):
     "A row a claim: reported as a hollow diamond, ours in the colour of its verdict."
     for row, (claim, effect, word) in enumerate(rows):

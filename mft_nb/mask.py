@@ -539,7 +539,7 @@ class _AddPenalty:
                 stacklevel=2,
             )
 
-
+# %% ../nbs/06_mask.ipynb #share001
 def _share_of_step(model, options):
     "This batch's share of an optimizer step, as `Trainer` counts it by labels; 1 if it does not."
     total = options.get("num_items_in_batch")
@@ -734,12 +734,12 @@ def save_pretrained(
 ) -> Path:  # the mask's file
     "Save the mask with its config and the hash of its base weights, and modules trained along."
     self._need_on()
+    if Path(folder).is_file():
+        raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
     settings = self.config.to_dict()
     if self._along:
         settings["modules_sha256"] = self._save_modules(Path(folder))
     self._warn_of_cut_neurons()
-    if Path(folder).is_file():
-        raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
     mask, base = self.bitmask(), weights_sha256(self._weights)
     return save_mask(mask, Path(folder) / MASK_FILE, base, settings)
 

@@ -139,7 +139,7 @@ def load_classifier(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = _reason(error, place)
+        reason = _reason(error)
         raise FileNotFoundError(
             f"No model could be loaded from {str(source)!r} ({reason}). Give a known name "
             f"({', '.join(KNOWN_MODELS)}), an existing folder with config.json, weights and "
@@ -155,11 +155,11 @@ def load_classifier(
     return model.eval(), tokenizer
 
 # %% ../nbs/01_model.ipynb #07c678-1
-def _reason(error, place):
+def _reason(error):
     "Why a model could not be loaded, in a line."
     lines = str(error).strip().splitlines()
     shapes = [line for line in lines if "size mismatch" in line or "MISMATCH" in line]
-    if shapes or "report" in lines[0]:
+    if shapes or "look at the above report" in str(error):  # which load_classifier silences
         return (
             "its weights have other shapes than its config.json says; is num_labels or id2label "
             "there as the model was trained?"

@@ -157,12 +157,12 @@ def results_frame(
     "Every evaluated run of a profile with its paired comparison."
     places = (Path(folder), *(Path(folder) / study for study in studies))
     files = [entry for place in places if place.is_dir() for entry in os.scandir(place)]
-    newest = max((entry.stat().st_mtime_ns for entry in files), default=0)
-    return _read_frame(places, os.getcwd(), len(files), newest).copy()
+    state = [(entry.path, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files]
+    return _read_frame(places, os.getcwd(), frozenset(state)).copy()
 
 
 @lru_cache(maxsize=8)
-def _read_frame(places, _here, _count, _newest):
+def _read_frame(places, _here, _state):
     "The frame of some folders, read once as long as they stay as they are."
     records, correct, bases = [], [], {}
     for place in places:

@@ -163,4 +163,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="which is a file. Name a folder"):
         MFT(bert()).save_pretrained(tmp_path / "file")
+    along = MFT(bert(), MaskConfig(modules_to_save=("classifier",)))
+    with pytest.raises(ValueError, match="which is a file. Name a folder"):
+        along.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
