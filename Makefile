@@ -12,6 +12,9 @@ JOBS ?= 0
 PRECISION ?=
 DATA ?=
 
+# Pages that only show results: pytest runs them, as every notebook, and compares their outputs.
+SHOWN := ^[_.]|^explanations$$|^tutorials$$
+
 # One thread a process: the numbers in notebooks and tests do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -48,7 +51,7 @@ figures: install ## draw figures/ from results/
 
 test: parts ## export in sync, notebooks, pytest, ruff
 	$(BIN)/ruff check .
-	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev_test --n_workers 2 --do_print
+	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '$(SHOWN)'
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
 notebooks: parts ## run every notebook and save its outputs

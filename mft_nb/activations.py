@@ -6,6 +6,7 @@
 __all__ = ['KEPT', 'lowest_layer', 'kept_files', 'remove_activations', 'KeptActivations', 'keep_activations']
 
 # %% ../nbs/03b_activations.ipynb #78862ed7
+import errno
 import hashlib
 import json
 import os
@@ -234,14 +235,18 @@ def _identity(model, layout, keys, batch_size, weights_hash):
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../nbs/03b_activations.ipynb #f3b1c4a6
+_NO_SPACE = (
+    "Free some space, name another cache folder (MFT_CACHE), or train without kept activations."
+)
+
+
 def _check_space(folder, needed):
     "Refuse to start what the disk cannot hold."
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"The kept activations need {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} "
-            "MB free. Free some space, name another cache folder (MFT_CACHE), or train without "
-            "kept activations."
+            f"MB free. {_NO_SPACE}"
         )
 
 # %% ../nbs/03b_activations.ipynb #cae9b00d
@@ -290,7 +295,15 @@ def _write_rows(file, hidden, mask):
     values = hidden[mask]
     if not torch.isfinite(values).all():
         raise ValueError("The activations hold NaN or infinity. Load the model again.")
-    file.write(values.cpu().contiguous().view(torch.uint8).numpy())
+    try:
+        file.write(values.cpu().contiguous().view(torch.uint8).numpy())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"The disk of {file.name} is full, since something else filled it while the "
+            f"activations were written. Nothing of them stays. {_NO_SPACE}"
+        ) from error
 
 
 def _on_device(model, batch):

@@ -10,6 +10,7 @@ __all__ = ['parse_seeds', 'parse_layers', 'print_results', 'compare_text', 'mft_
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -343,6 +344,9 @@ def _check_source(source):
     print(f"{source} is no folder here and none of {known}; asking the hub for it", file=sys.stderr)
 
 # %% ../nbs/11_cli.ipynb #4f22ff6d
+_COMMA = r",(?![^{]*\})"  # between patterns; not that of {1,2} within one
+
+
 @call_parse
 @_plain_errors
 def mft_fit(
@@ -374,7 +378,7 @@ def mft_fit(
         MaskConfig.recipe(recipe),
         keep=keep,
         layers=parse_layers(layers),
-        target_modules=tuple(filter(None, target_modules.split(","))),
+        target_modules=tuple(filter(None, re.split(_COMMA, target_modules))),
         epochs=epochs,
         scope=scope,
         max_length=max_length,
@@ -384,9 +388,13 @@ def mft_fit(
     _check_out(Path(out), overwrite)
     _check_source(model)
     train_rows, held = _split(data, validation, seed)
+    from transformers.utils.logging import disable_progress_bar
+
     from mft_nb.model import load_classifier
     from mft_nb.train import predict
 
+    if quiet:
+        disable_progress_bar()  # also that of loading weights
     classifier, tokenizer = load_classifier(model)
     _need_head(classifier, model)
     mft = MFT(classifier, config)

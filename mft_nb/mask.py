@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ _LOWEST = {  # field: (lowest value, whether that value itself is allowed)
 _WHOLE = ("batch_size", "max_length", "warmup_steps", "start_seed", "heads")
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save")
 
+
+def _plain(value):
+    "A NumPy number or array, as a sweep over np.linspace gives it, as Python's own."
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
 # %% ../nbs/06_mask.ipynb #0b92df00
 @dataclass(frozen=True)
 class MaskConfig:
@@ -98,6 +104,8 @@ class MaskConfig:
     start_seed: int = 0  # of a random start
 
     def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name in _PATTERNS:
             if isinstance(getattr(self, name), str | None):
                 raise TypeError(
@@ -112,7 +120,7 @@ class MaskConfig:
         if not isinstance(self.dropout, bool):
             raise TypeError(f"dropout is {self.dropout!r}; allowed are True and False.")
         if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", tuple(map(_plain, self.layers)))
         for pattern in (*self.target_modules, *self.exclude_modules, *self.modules_to_save):
             check_pattern(pattern)
         check_keep(self.keep)

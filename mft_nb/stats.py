@@ -10,6 +10,7 @@ __all__ = ['Interval', 'wilson', 'PairedTest', 'mcnemar_exact', 'paired_bootstra
 import math
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 
 import numpy as np
@@ -283,4 +284,10 @@ def holm(
             f"p_values holds {outside[0]:g}: allowed are numbers from 0 to 1; "
             "pass the p-values themselves, not percent or test statistics"
         )
+    return _holm(tuple(p_values)).copy()
+
+
+@lru_cache(maxsize=1024)
+def _holm(p_values):
+    "Kept, since `multipletests` collects the garbage of the whole process in each call."
     return multipletests(p_values, method="holm")[1]

@@ -367,26 +367,41 @@ def test_a_killed_run_resumes_to_the_identical_mask(tmp_path):
 
 
 def test_two_processes_end_with_the_same_mask(tmp_path):
-    """Under torchrun: without MPI, `accelerate launch --cpu` starts one process only (1.15)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    """By `accelerate launch`, which needs mpirun for several CPU processes, and by torchrun."""
+    (tmp_path / "hosts").write_text("localhost\n")
+    options = ["--mpirun_hostfile", str(tmp_path / "hosts"), "--num_machines", "1"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    ways = {
+        "alone": [*torchrun, "1"],
+        "torchrun": [*torchrun, "2"],
+        "accelerate": [*accelerate, "--num_processes", "2"],
+    }
+    script = ROOT / "tests" / "two_processes.py"
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mpirun
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    environment = os.environ | settings
-    for count in (1, 2):
-        script = [str(ROOT / "tests" / "two_processes.py"), str(tmp_path), str(12 // count)]
+    masks = {}
+    for way, launch in ways.items():
+        folder = tmp_path / way
+        folder.mkdir()
+        rows = 12 if way == "alone" else 6
         done = subprocess.run(
-            [*launch, str(count), *script],
-            env=environment,
+            [*launch, str(script), str(folder), str(rows)],
+            env=os.environ | settings | {"PATH": tools},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
-    alone = torch.load(tmp_path / "1-0.pt")
+        masks[way] = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
+    (alone,), (first, second) = masks["alone"], masks["accelerate"]
+    for other in (second, *masks["torchrun"]):
+        assert all(torch.equal(first[name], other[name]) for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     different = sum(int((first[name] ^ alone[name]).sum()) for name in first)
     total = sum(mask.numel() for mask in first.values())
-    moved = json.loads((tmp_path / "moved.json").read_text())
+    moved = json.loads((tmp_path / "alone" / "moved.json").read_text())
     assert (
         different / total < 0.002 < moved / total
     )  # reduction order alone, against all that moved
@@ -470,10 +485,10 @@ def test_magnitude_and_random_masks_by_layer():
 
 def test_training_in_bfloat16_keeps_scores_in_float32_and_evaluates_as_before():
     model, tokenizer = load_classifier("minilm")
-    rows = load_snippets()["train"].select(range(64))
+    rows = load_snippets()["train"].select(range(16))
     losses = {}
     for precision in ("float32", "bfloat16"):
-        mft = MFT(model, MaskConfig(precision=precision, epochs=1.0))
+        mft = MFT(model, MaskConfig(precision=precision, epochs=1.0, batch_size=8))
         losses[precision] = np.array(mft.fit(tokenizer, rows, progress=False).loss)[:, 1]
         assert {scores.dtype for scores in mft.scores} == {torch.float32}
         assert not torch.is_autocast_enabled("cpu")

@@ -9,7 +9,7 @@ PROFILE = Profile(
     name="tiny",
     data="snippets",
     model="minilm",
-    fine_tuning=TrainConfig(learning_rate=3e-4, max_steps=12, batch_size=8),
+    fine_tuning=TrainConfig(learning_rate=3e-4, max_steps=8, batch_size=8),
     early_every=4,
     late_every=4,
     look_rows=32,
@@ -21,7 +21,6 @@ PROFILE = Profile(
 RUNS = [
     Run("tiny", 0, "baseline", "none", 1.0),
     Run("tiny", 0, "90", "none", 1.0),
-    Run("tiny", 0, "90", "mft_seed"),
     Run("tiny", 0, "90", "mft_recommended"),
     Run("tiny", 0, "90", "gradient_all", 1.0),
     Run("tiny", 0, "90", "random"),
