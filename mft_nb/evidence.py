@@ -321,11 +321,11 @@ def _cuts(records, rule):
 @rc_context(STYLE)
 def descent_figure(
     folder: str | Path,  # of one profile's records
-) -> Figure:  # three panels; MissingRecords without inspections
+) -> Figure:  # three panels, four with `rounds`; MissingRecords without inspections
     "What cutting along the gradient does to the training loss."
     records = read_inspections(folder, "descent")
-    figure = Figure(figsize=(9, 4.1), layout="constrained")
-    line, change, rounds = figure.subplots(1, 3)
+    figure = Figure(figsize=(7, 7.6), layout="constrained")
+    (line, change), (rounds, finer) = figure.subplots(2, 2)
     for mask, (name, color, marker) in LINE_LOOKS.items():
         lines = [
             pd.DataFrame(entry["points"])
@@ -338,16 +338,18 @@ def descent_figure(
     line.set(xlabel="share of the way to the mask", ylabel="training loss", yscale="log")
     line.legend(**BELOW)
     _predicted_panel(change, records)
+    _rounds_panel(rounds, records)
     fine = _inspections(folder, "rounds")
-    _rounds_panel(rounds, records, fine)
     seeds = [record["asked"]["seed"] for record in records]
     rows = records[0]["happened"]["rows"]
     note = f"{_where(folder, seeds)} Best checkpoint, loss on {rows} training sentences."
     note += " Bands: range over seeds."
     if fine:
-        finest = fine[0]["happened"]["rounds"][-1]["round"]
+        _finer_panel(finer, fine)
         also = " and ".join(str(record["asked"]["seed"]) for record in fine)
-        note += f" The cut in {finest} rounds: seeds {also}."
+        note += f" Last panel: seeds {also}."
+    else:
+        finer.remove()
     _headline(figure, _descent_title(records), note)
     return figure
 
@@ -367,26 +369,37 @@ def _predicted_panel(axes, records):
     axes.legend(**BELOW)
 
 
-def _rounds_panel(axes, records, fine):
-    "Accuracy while a tenth is cut in rounds, in finer ones, and at once."
-    looks = ((records, {"color": COLORS["gradient_all"], "marker": "v", "ms": 4}),)
-    looks += ((fine, {"color": COLORS["mft_paper"]}),) if fine else ()
-    for several, look in looks:
-        tables = [pd.DataFrame(record["happened"]["rounds"]) for record in several]
-        tables = [t.assign(percent=100 * t.accuracy, cut=t.cut.round(4)) for t in tables]
-        label = f"in {tables[0]['round'].max()} rounds, fresh gradients"
-        _mean_curve(axes, tables, "cut", "percent", label=label, **look)
-    seen = [pd.DataFrame(record["happened"]["rounds"]).dropna() for record in fine]
-    seen = [t.assign(percent=100 * t.test_accuracy, cut=t.cut.round(4)) for t in seen]
-    if seen:
-        look |= {"ls": "--", "label": "the same, on test sentences"}
-        _mean_curve(axes, seen, "cut", "percent", **look)
+def _rounds(records, accuracy="accuracy"):
+    "A table a record: the share cut after each round and an accuracy in percent."
+    tables = [pd.DataFrame(record["happened"]["rounds"]) for record in records]
+    tables = [table.dropna(subset=[accuracy]) for table in tables]
+    return [t.assign(percent=100 * t[accuracy], cut=t.cut.round(4)) for t in tables]
+
+
+def _rounds_panel(axes, records):
+    "Accuracy while a tenth is cut in rounds, and at once."
+    tables = _rounds(records)
+    look = {"color": COLORS["gradient_all"], "marker": "v", "ms": 4}
+    label = f"in {tables[0]['round'].max()} rounds, fresh gradients"
+    _mean_curve(axes, tables, "cut", "percent", label=label, **look)
     for rule, method in (("fastest", "gradient_fastest"), ("fastest of the small", "magnitude")):
         once = [table[table.share <= 0.1] for table in _cuts(records, rule)]
         once = [table.assign(percent=100 * table.accuracy) for table in once]
         look = {"color": COLORS[method], "marker": MARKERS[method], "ms": 4}
         _mean_curve(axes, once, "share", "percent", label=f"{rule}, at once", **look)
-    axes.set(xlabel="share of each matrix cut", ylabel="accuracy on those sentences (%)")
+    axes.set(xlabel="share of each matrix cut", ylabel="accuracy, training (%)")
+    axes.legend(**BELOW)
+
+
+def _finer_panel(axes, records):
+    "Accuracy while a tenth is cut in many rounds: where the gradient comes from, and elsewhere."
+    looks = {"accuracy": ("-", "the training sentences"), "test_accuracy": ("--", "test sentences")}
+    for accuracy, (style, name) in looks.items():
+        tables = _rounds(records, accuracy)
+        look = {"color": COLORS["mft_paper"], "ls": style, "label": name}
+        _mean_curve(axes, tables, "cut", "percent", **look)
+    count = tables[0]["round"].max()
+    axes.set(xlabel=f"share cut, in {count} rounds", ylabel="accuracy (%)")
     axes.legend(**BELOW)
 
 
