@@ -152,7 +152,7 @@ def name_of(
     "How a table calls a treatment."
     name = (METHOD_NAMES | CONTROL_NAMES)[effect.method]
     if effect.keep not in (0.9, 1.0):
-        name += f", keeps {effect.keep:g}"
+        name += f", cuts {100 * (1 - effect.keep):g} %"
     if effect.variant:
         name += f", {VARIANT_NAMES.get(effect.variant, effect.variant.replace('_', ' '))}"
     return name
@@ -196,9 +196,11 @@ CONTROL_COLOR = "#7B3294"
 
 def _effect_rows(axes, found, frame, names):
     "A row a treatment: mean and interval of the difference, and a dot a seed."
+    found = found[found.method.isin(list(names))]
+    far = _far(found)
     for row, (method, _) in enumerate(names.items()):
         mine = found[found.method == method]
-        if mine.empty:
+        if mine.empty or method == far:
             continue
         one = mine.iloc[0]
         color, marker = COLORS.get(method, CONTROL_COLOR), MARKERS.get(method, "h")
@@ -208,6 +210,23 @@ def _effect_rows(axes, found, frame, names):
         runs = frame[(frame.method == method) & (frame.checkpoint == one.checkpoint)]
         axes.plot(100 * runs.difference, [row + 0.32] * len(runs), ".", color=GREY, ms=3)
     axes.axvline(0, color="black", ls=":", lw=1)
+    if far:
+        one, (low, high) = found[found.method == far].iloc[0], axes.get_xlim()
+        left = one.difference < 0
+        text = (
+            f"\N{LEFTWARDS ARROW} {in_points(one)}"
+            if left
+            else f"{in_points(one)} \N{RIGHTWARDS ARROW}"
+        )
+        look = {"ha": "left" if left else "right", "va": "center", "fontsize": 9}
+        axes.text(low if left else high, list(names).index(far), text, **look)
+
+
+def _far(found):
+    "The treatment whose effect, over three times any other, would set the scale; or None."
+    sizes = found.set_index("method").difference.abs().sort_values()
+    lonely = len(sizes) > 2 and sizes.iloc[-1] > 3 * sizes.iloc[-2]
+    return sizes.index[-1] if lonely and sizes.index[-1] in COLORS else None
 
 
 def main_runs(
@@ -235,9 +254,12 @@ def effects_figure(
     frame = main_runs(folder)
     if not frame.method.isin(CONTROL_NAMES).any():
         raise MissingRecords(f"{folder} has no runs of the study controls.")
-    names = {m: n for m, n in (METHOD_NAMES | CONTROL_NAMES).items() if "gradient" not in m}
-    names.pop("none")
     found = effects(frame)
+    names = {
+        method: name
+        for method, name in (METHOD_NAMES | CONTROL_NAMES).items()
+        if "gradient" not in method and (found.method == method).any()
+    }
     shown = [c for c in CHECKPOINT_NAMES if (found.checkpoint == c).any()]
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
@@ -252,23 +274,24 @@ def effects_figure(
     panels[len(panels) // 2].set_xlabel("difference to the untreated checkpoint (points)")
     seeds = sorted(set(frame.seed))
     note = " Bars: 95 % intervals over seeds where there are several; dots: seeds. Each panel has "
-    note += "its own scale."
+    note += "its own scale; the masks by gradient, far below, are left out."
     _headline(figure, _effects_title(frame), _where(folder, seeds, int(frame.n.iloc[0])) + note)
     return figure
 
 
 def _effects_title(frame):
-    "What masks and what continued fine-tuning do to the best checkpoint, on the same seeds."
+    "What masks and what continued fine-tuning do to the best checkpoint."
     top = frame[frame.checkpoint == "90"]
     seeds = [set(top.seed[top.method == method]) for method in (OURS, "continued")]
     both = top[top.seed.isin(set.intersection(*seeds))]
     if both.empty:
         return "What each treatment does to a checkpoint"
-    found = effects(both).set_index("method")
+    found = effects(top).set_index("method")
     apart = effects(against(both, OURS)).set_index("method").loc["continued"]
+    ours, further = (in_points(found.loc[method], seeds=True) for method in (OURS, "continued"))
     return (
-        f"On the best checkpoint, in points: our masks {in_points(found.loc[OURS])}, fine-tuning "
-        f"on {in_points(found.loc['continued'])}; seed by seed {in_points(apart, seeds=True)} apart"
+        f"Our masks change the best checkpoint by {ours}, fine-tuning on by {further}; of the "
+        f"same seed, by {in_points(apart, seeds=True)} more than our masks"
     )
 
 # %% ../nbs/10b_evidence.ipynb #1fc50101
@@ -580,28 +603,38 @@ ABLATIONS["continued", "rows_24000", 1.0] = "fine-tuned on, 24,000 sentences"
 def ablations_figure(
     folder: str | Path,  # of one profile's records
 ) -> Figure:  # MissingRecords without the study ablations
-    "One choice at a time, on the best checkpoint."
-    found, names, seeds = _found(folder, "ablations", ABLATIONS)
-    figure = Figure(figsize=(6, 1 + 0.24 * len(names)), layout="constrained")
+    "Our recipe with one choice changed, beside ours of the same seed, on the best checkpoint."
+    if not any(Path(folder).glob("ablations/*.json")):
+        raise MissingRecords(f"{folder} has no runs of the study ablations.")
+    frame = results_frame(folder, ("ablations",))
+    runs = against(frame[frame.checkpoint == "90"], OURS)
+    found = effects(runs[runs.difference.notna()])
+    found = found[[key in ABLATIONS for key in _keys(found)]]
+    found = found.set_index(["method", "variant", "keep"]).sort_index()
+    names = {key: name for key, name in ABLATIONS.items() if key[0] == OURS and key in found.index}
+    rows = {key: f"{name}, n = {found.loc[key].seeds}" for key, name in names.items()}
+    figure = Figure(figsize=(6, 1.3 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    _effect_bars(axes, found, names)
-    axes.set_xlabel("difference to no mask (points)")
-    note = f"{_where(folder, seeds)} Best checkpoint. Bars: 95 % intervals over seeds; dotted: one "
-    note += "seed, over sentences."
-    _headline(figure, _ablations_title(folder), note)
+    _effect_bars(axes, found, rows)
+    far = 150 * found.loc[list(names)].difference.abs().max()
+    axes.set_xlim(-far, far)
+    axes.set_xlabel("difference to our recipe (points)")
+    seeds = sorted(set(runs.seed[[key in names for key in _keys(runs)]]))
+    note = f"{_where(folder, seeds)} Best checkpoint, of the same seed. Bars: 95 % intervals over "
+    note += "seeds, of two seeds wider than the picture; one seed alone has none."
+    _headline(figure, _ablations_title(found.loc[list(names)], names), note)
     return figure
 
 
-def _ablations_title(folder):
-    "Which changes are told apart from our recipe on the same seeds."
-    frame = results_frame(folder, ("ablations",))
-    beside = effects(against(frame[frame.checkpoint == "90"], OURS))
-    beside = beside[[key in ABLATIONS for key in _keys(beside)]]
-    clear = beside[[verdict(one) in ("helps", "hurts") for _, one in beside.iterrows()]]
-    pairs = zip(_keys(clear), clear.itertuples(), strict=True)
-    names = [f"{ABLATIONS[key]} {in_points(one)}" for key, one in pairs]
-    told = f"Told apart from our recipe, in points: {'; '.join(names)}"
-    return told if names else "No single change is told apart from our recipe"
+def _ablations_title(found, names):
+    "Which changes are told apart from our recipe, of those that several seeds speak to."
+    several = found[found.seeds > 1]
+    clear = [key for key, one in several.iterrows() if verdict(one) in ("helps", "hurts")]
+    told = "; ".join(f"{names[key]} {in_points(found.loc[key])}" for key in clear) or "none"
+    return (
+        f"Of {len(found)} changes {len(several)} have two seeds or more; told apart from our "
+        f"recipe: {told}"
+    )
 
 # %% ../nbs/10b_evidence.ipynb #choice02
 def candidates(
@@ -735,13 +768,14 @@ def _curves_title(folder, frame):
     constant = constant_answer(folder)
     best, middling = (knowledge_kept(frame, c, "random", constant) for c in ("90", "75"))
     gap = (best - middling).dropna(axis="columns", how="all").mean(axis="columns").dropna()
-    text = "Of what it knows, the best checkpoint keeps more than the 75 % one under random cuts: "
+    text = "Of what it knows, the best checkpoint keeps under random cuts, beside the 75 % one, "
     if len(gap) < 3:
         return "Accuracy against the share of the weights that is cut"
-    over = seed_interval(gap.to_numpy(), unit="points")
+    over, p_value = seed_interval(gap.to_numpy(), unit="points"), ttest_1samp(gap, 0).pvalue
     numbers = [f"{100 * end:+.0f}" for end in (over.estimate, over.low, over.high)]
     mean, low, high = (number.replace("-", "\N{MINUS SIGN}") for number in numbers)
-    return f"{text}{mean} [{low}, {high}] points of a hundred (n = {len(gap)})"
+    told = f"{mean} [{low}, {high}] points of a hundred (n = {len(gap)}, p = {p_text(p_value)}"
+    return f"{text}{told}, unadjusted)"
 
 # %% ../nbs/10b_evidence.ipynb #ea2271cd
 EVIDENCE: dict[str, Callable[[Path], Figure]] = {

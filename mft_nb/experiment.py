@@ -532,6 +532,7 @@ DISTANCES = (0.0, 0.1, 0.2, 0.3, 0.4)  # in lengths of the weights' rows
 ROUNDS = 20  # of the cut with a new gradient each
 FINE_ROUNDS = 100  # of the same cut in smaller parts
 
+
 def inspect(
     run: Run,  # with a method of `INSPECTION_NAMES`
     model,  # the checkpoint's model, unchanged afterwards

@@ -10,6 +10,7 @@ __all__ = ['SEED', 'PROGRAM', 'PAPER', 'CLAIMS', 'VERDICT_LOOKS', 'LEDGER', 'ove
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -31,14 +32,16 @@ from .stats import holm
 # %% ../nbs/10d_ledger.ipynb #8b98a1da
 def over_seeds(
     values: np.ndarray,  # (seeds,) one number a seed
-) -> pd.Series:  # difference, low, high, p_value (NaN for one seed), seeds
-    "Mean, 95 % interval and p-value (Student's t) of a measure over seeds."
+) -> pd.Series:  # difference, low, high, next_low, next_high, p_value (NaN for one seed), seeds
+    "Mean, 95 % interval, that of one more run, and p-value (Student's t) of a measure over seeds."
     values = np.asarray(values, float)
     found = {"difference": values.mean(), "seeds": len(values)}
-    found |= {"low": np.nan, "high": np.nan, "p_value": np.nan}
+    found |= dict.fromkeys(("low", "high", "next_low", "next_high", "p_value"), np.nan)
     if len(values) > 1 and values.std() > 1e-12:
         ends = student.interval(0.95, len(values) - 1, loc=values.mean(), scale=sem(values))
-        found |= {"low": ends[0], "high": ends[1], "p_value": ttest_1samp(values, 0).pvalue}
+        further = (ends - values.mean()) * np.sqrt(len(values) + 1) + values.mean()
+        found |= dict(zip(("low", "high", "next_low", "next_high"), (*ends, *further), strict=True))
+        found["p_value"] = ttest_1samp(values, 0).pvalue
     return pd.Series(found)
 
 # %% ../nbs/10d_ledger.ipynb #d8dba2c9
@@ -241,14 +244,14 @@ CLAIMS = (*_REPORTED, *_COMPUTED, *_PUBLISHED)
 # %% ../nbs/10d_ledger.ipynb #63fea72e
 def judge(
     claimed: float,  # effect that was claimed, in the unit of ours
-    effect: pd.Series | None,  # with difference, low, high and p_holm; None: no runs
+    effect: pd.Series | None,  # with difference, next_low, next_high and p_holm; None: no runs
     comparable: bool = True,  # False: only the sign of the claim counts
     level: float = 0.05,  # of the adjusted p-value
 ) -> str:  # one of the verdicts above, or "not run"
     "Whether our effect agrees with a claimed one."
     if effect is None:
         return "not run"
-    excluded = comparable and (claimed < effect.low or claimed > effect.high)
+    excluded = comparable and (claimed < effect.next_low or claimed > effect.next_high)
     if effect.p_holm < level and effect.difference * claimed > 0:
         return "another size" if excluded else "replicates"
     if effect.p_holm < level:
@@ -272,6 +275,8 @@ def ledger(
     for claim, effect, word in judged(folder):
         row = {"source": claim.source, "claim": claim.text, "reported": claim.number}
         row["ours [95 %]"] = "" if effect is None else _text(effect, *_UNITS[claim.measure])
+        sized = claim.comparable and effect is not None and effect.next_low == effect.next_low
+        row["one more run [95 %]"] = _ends(effect.next_low, effect.next_high) if sized else ""
         row["seeds"] = 0 if effect is None else int(effect.seeds)
         tested = effect is not None and effect.p_holm == effect.p_holm
         row["p, Holm"] = p_text(effect.p_holm) if tested else ""
@@ -302,9 +307,16 @@ def _adjust(found):
 
 def _text(effect, factor, decimals, unit):
     "An effect with its interval and its unit."
-    numbers = [f"{factor * value:+.{decimals}f}" for value in effect[["difference", "low", "high"]]]
-    mean, low, high = (number.replace("-", "\N{MINUS SIGN}") for number in numbers)
-    return f"{mean} [{low}, {high}] {unit}" if effect.low == effect.low else f"{mean} {unit}"
+    mean = f"{factor * effect.difference:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    if effect.low != effect.low:
+        return f"{mean} {unit}"
+    return f"{mean} {_ends(effect.low, effect.high, factor, decimals)} {unit}"
+
+
+def _ends(low, high, factor=100, decimals=1):
+    "The ends of an interval."
+    text = f"[{factor * low:+.{decimals}f}, {factor * high:+.{decimals}f}]"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 # %% ../nbs/10d_ledger.ipynb #ledgfig2
 VERDICT_LOOKS = {  # verdict: colour, marker
@@ -336,7 +348,7 @@ def ledger_figure(
     parts = [part for part in parts if part]
     if not parts:
         raise MissingRecords(f"{folder} has no runs that speak to a claim.")
-    figure = Figure(figsize=(9, 1.4 + 0.26 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 2 + 0.36 * len(rows)), layout="constrained")
     counts = [len(part) for part in parts]
     panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=counts)[:, 0]
     for axes, part in zip(panels, parts, strict=True):
@@ -347,9 +359,10 @@ def ledger_figure(
     panels[0].plot([], [], "D", color="black", mfc="none", ms=7, label="reported")
     for word, (color, marker) in looks:
         panels[0].plot([], [], marker, color=color, label=f"ours: {word}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     told = ", ".join(f"{words[word]} {_COUNTED.get(word, word)}" for word, _ in looks)
-    note = f"Profile {Path(folder).name}. Bars: 95 % intervals over seeds. Report, program: "
+    note = f"Profile {Path(folder).name}. Bars: 95 % intervals over seeds; thin: of one more run. "
+    note += "Report, program: "
     note += "what the seed experiment describes, and what its program computes. Each panel has its "
     note += "own scale."
     _headline(figure, f"Of {len(rows)} claims about accuracy {told}", note)
@@ -364,10 +377,13 @@ def _claim_rows(axes, rows):
             axes.plot([100 * effect.low, 100 * effect.high], [row, row], color=color, lw=1.8)
         axes.plot(100 * effect.difference, row, marker, color=color)
         if claim.comparable:
+            axes.plot(
+                [100 * effect.next_low, 100 * effect.next_high], [row, row], color=color, lw=0.8
+            )
             axes.plot(100 * claim.effect, row, "D", color="black", mfc="none", ms=7)
     axes.axvline(0, color="black", ls=":", lw=1)
     names = [f"{_SOURCES[claim.source]}: {claim.text}" for claim, _, _ in rows]
-    names = [name.replace(_AT_RANDOM, "at random, ") for name in names]
+    names = [fill(name.replace(_AT_RANDOM, "at random, "), 44) for name in names]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
 

@@ -234,7 +234,6 @@ def layer_of(
     return next((number for _, number, _ in _numbers(name)), None)
 
 
-
 def layer_names(
     names: Iterable[str],  # dotted names of weights of one model
 ) -> dict[str, str | None]:  # by name, that of its layer; None without any number
