@@ -6,6 +6,7 @@
 __all__ = ['RECIPES', 'HEAD_OUTPUTS', 'MASK_FILE', 'MODULES_FILE', 'MaskConfig', 'plain_state_dict', 'trained_state_dict', 'MFT']
 
 # %% ../nbs/06_mask.ipynb #b86569f4
+import copy
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ from mft_nb.model import (
     check_pattern,
     dropout_rates,
     layer_names,
+    linear_modules,
     maskable_weights,
 )
 from .scores import FixedMask, MaskedWeight, ScoreGroup, start_scores
@@ -231,19 +233,24 @@ def plain_state_dict(
     model: nn.Module,  # with or without a mask on it
 ) -> dict[str, Tensor]:  # plain names; masked weights where a mask is
     "The state of the plain model that merging the mask would give."
-    plain, wrapped = {}, {}
-    for name, tensor in model.state_dict().items():
-        module, _, rest = name.partition(".parametrizations.") if "." in name else ("", "", "")
-        if name.startswith("parametrizations."):
-            module, rest = "", name.removeprefix("parametrizations.")
-        if not rest:
-            plain[name] = tensor
-        elif rest.endswith(".original"):
-            inner = rest.removesuffix(".original")
-            wrapped[f"{module}.{inner}" if module else inner] = (module, inner)
-    for name, (module, inner) in wrapped.items():
-        plain[name] = getattr(model.get_submodule(module), inner).detach()
-    return plain
+    masked = _masked_places(model)
+    plain = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(_PLACE)[0] not in masked or _PLACE not in name
+    }
+    return plain | {f"{own}weight": module.weight.detach() for own, module in masked.items()}
+
+
+_PLACE = "parametrizations.weight."  # where torch keeps a weight that is computed
+
+
+def _masked_places(model):
+    "By the start of their names, such as 'layer.0.': the modules whose weight carries our mask."
+    modules = dict(model.named_modules())
+    masks = [n for n, one in modules.items() if isinstance(one, (MaskedWeight, FixedMask))]
+    owners = [name.rpartition(_PLACE)[0] for name in masks]
+    return {own: modules[own.removesuffix(".")] for own in owners}
 
 
 def trained_state_dict(
@@ -264,7 +271,8 @@ class _SavesPlain:
     "Put before a transformers class: `save_pretrained` writes the masked model under plain names."
 
     def save_pretrained(self, save_directory, is_main_process=True, *arguments, **options):
-        if not _CHECKPOINT.fullmatch(Path(save_directory).name):
+        by_trainer = "state_dict" in options  # a person who saves wants the whole model
+        if not (by_trainer and _CHECKPOINT.fullmatch(Path(save_directory).name)):
             kept, self._keys_to_ignore_on_save = self._keys_to_ignore_on_save, self._own_ignored
             options["state_dict"] = plain_state_dict(self)
             try:
@@ -321,7 +329,8 @@ def _chosen(model, config):
 
 def _is_transposed(model, name):
     "Whether a weight is (in, out), as in GPT-2's Conv1D."
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+    kinds = type(model.get_submodule(name.rpartition(".")[0])).__mro__
+    return any(kind.__name__ == "Conv1D" for kind in kinds)
 
 
 def _units(model, name, shape, config):
@@ -403,6 +412,7 @@ class MFT:
     @property
     def trainable(self) -> list[nn.Parameter]:  # the scores, then the parameters trained along
         "What an optimizer should get."
+        self._need_on()
         parameters = dict(self.model.named_parameters())
         return self.scores + [parameters[name] for name in self._along]
 
@@ -430,6 +440,20 @@ def _refuse_masked(model):
         )
 
 # %% ../nbs/06_mask.ipynb #ff8a0f-1
+def _by_first_name(model, found):
+    "Parameters under the name that the model gives them; a tied one must be found there too."
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in found.items():
+        own = first[id(parameter)]
+        if own not in found:
+            raise ValueError(
+                f"modules_to_save covers {name!r}, which is one tensor with {own!r}, so that would "
+                "be trained too. Add its module to modules_to_save, choose other modules, or load "
+                "a model in which they are apart."
+            )
+    return dict.fromkeys(first[id(parameter)] for parameter in found.values())
+
+
 def _trained_along(model, patterns, masked):
     "Names of the parameters of all modules that match a pattern."
     found = {}
@@ -442,8 +466,9 @@ def _trained_along(model, patterns, masked):
                 f"{some}. Correct the pattern."
             )
         for module in modules:
-            for name, _ in model.get_submodule(module).named_parameters(prefix=module):
-                found[name] = None
+            for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
+                found[name] = parameter
+    found = _by_first_name(model, found)
     for name in found:
         if name in masked:
             raise ValueError(
@@ -459,6 +484,8 @@ def _remember(self: MFT, model, chosen):
     parameters = dict(model.named_parameters())
     self._weights = {name: parameters[name] for name in chosen}
     for name, weight in self._weights.items():
+        if not weight.numel():
+            raise ValueError(f"The weight {name!r} has no elements. Leave it out: exclude_modules.")
         ends = torch.stack(weight.detach().aminmax())  # both are NaN where one weight is
         if not torch.isfinite(ends).all():
             raise ValueError(f"The weight {name!r} holds NaN or infinity. Load the model again.")
@@ -487,7 +514,17 @@ def _check_some_unit_is_cut(self: MFT):
 
 @patch
 def _register(self: MFT):
-    "Freeze everything and put the parametrizations in place."
+    "Freeze everything and put the parametrizations in place; after a fault the model is plain."
+    try:
+        self._put_on()
+    except BaseException:
+        self._remove(leave=False)
+        raise
+
+
+@patch
+def _put_on(self: MFT):
+    "What `_remove` undoes."
     self.model.requires_grad_(False)
     for name in self._along:
         self.model.get_parameter(name).requires_grad_(True)
@@ -563,12 +600,26 @@ def _share_of_step(model, options):
 
 def _silence_dropout(model):
     "Set every dropout rate of a model to 0; return (module, attribute, rate) to restore them."
-    found = []
+    found, silent = [], {}
     for module in model.modules():
-        for name, rate in dropout_rates(module).items():
-            found.append((module, name, rate))
+        rates = dropout_rates(module)
+        if any(name.startswith("config.") for name in rates):
+            own = module.config
+            found.append((module, "config", own))
+            module.config = silent.setdefault(id(own), _without_dropout(own))
+        for name in rates.keys() & vars(module).keys():
+            found.append((module, name, rates[name]))
             setattr(module, name, 0.0)
     return found
+
+
+def _without_dropout(config):
+    "A copy of a config whose rates are 0, for modules to read; the model's own is what is saved."
+    silent = copy.copy(config)
+    for name, rate in vars(config).items():
+        if "drop" in name and isinstance(rate, float):
+            setattr(silent, name, 0.0)
+    return silent
 
 # %% ../nbs/06_mask.ipynb #0fe73299
 @patch
@@ -589,6 +640,7 @@ def bitmask(self: MFT) -> BitMask:  # a copy; later steps do not change it
 @patch
 def base_weights(self: MFT) -> dict[str, Tensor]:  # by the plain model's names
     "The frozen weights under the mask."
+    self._need_on()
     return dict(self._weights)
 
 
@@ -624,6 +676,7 @@ def _check_settings(coded, config):
 @patch
 def state_dict(self: MFT) -> dict[str, Tensor]:  # copies of what is trained, and its settings
     "What a checkpoint needs; the frozen weights are not in it."
+    self._need_on()
     trained = {name: tensor.clone() for name, tensor in trained_state_dict(self.model).items()}
     coded = json.dumps(_mask_settings(self.config)).encode()
     return trained | {_SETTINGS: torch.tensor(list(coded), dtype=torch.uint8)}
@@ -635,6 +688,7 @@ def load_state_dict(
     state: dict[str, Tensor],  # from `state_dict` of an MFT with the same config
 ) -> None:
     "Go on from a checkpoint; ValueError where it belongs to other scores or another keep or scope."
+    self._need_on()
     state = dict(state)
     if _SETTINGS in state:
         _check_settings(state.pop(_SETTINGS), self.config)
@@ -673,10 +727,12 @@ def _give_own_class(module):
 def _remove(self: MFT, leave):
     "Take the parametrizations off, leaving the masked weights or the base."
     self._need_on()
-    self._on = False
-    parameters = dict(self.model.named_parameters())
+    if self._hook:
+        self._hook.remove()
     for name in self._masked:
         module = self.model.get_submodule(name.rpartition(".")[0])
+        if not parametrize.is_parametrized(module, "weight"):
+            continue  # a fault came before it
         _give_own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=leave)
         for own in self._order[name]:  # torch puts the weight last; the model had its own order
@@ -684,13 +740,13 @@ def _remove(self: MFT, leave):
     for module, name, rate in self._dropped:
         setattr(module, name, rate)
     if not leave:
+        parameters = dict(self.model.named_parameters())
         for name, original in self._originals.items():
             parameters[name].data.copy_(original)
     _save_as_before(self.model)
     for name, parameter in self.model.named_parameters():
-        parameter.requires_grad_(self._asked_gradient[name])
-    if self._hook:
-        self._hook.remove()
+        parameter.requires_grad_(self._asked_gradient.get(name, parameter.requires_grad))
+    self._on = False
     return self.model
 
 # %% ../nbs/06_mask.ipynb #2836a4-1
@@ -744,12 +800,16 @@ def save_pretrained(
     self._need_on()
     if Path(folder).is_file():
         raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
-    settings = self.config.to_dict()
-    if self._along:
-        settings["modules_sha256"] = self._save_modules(Path(folder))
     self._warn_of_cut_neurons()
-    mask, base = self.bitmask(), weights_sha256(self._weights)
-    return save_mask(mask, Path(folder) / MASK_FILE, base, settings)
+    mask, base, settings = self.bitmask(), weights_sha256(self._weights), self.config.to_dict()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # both files, or the earlier ones
+        if self._along:
+            settings["modules_sha256"] = self._save_modules(Path(scratch))
+        save_mask(mask, Path(scratch) / MASK_FILE, base, settings)
+        for path in sorted(Path(scratch).iterdir(), reverse=True):
+            os.replace(path, Path(folder) / path.name)
+    return Path(folder) / MASK_FILE
 
 
 @patch
@@ -757,13 +817,20 @@ def _save_modules(self: MFT, folder):
     "Write the parameters trained along; return the hash of the file."
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: self.model.get_parameter(n).detach().contiguous() for n in self._along}
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file(tensors, Path(scratch) / MODULES_FILE)
-        digest = hashlib.sha256((Path(scratch) / MODULES_FILE).read_bytes()).hexdigest()
-        os.replace(Path(scratch) / MODULES_FILE, folder / MODULES_FILE)
-    return digest
+    save_file(tensors, folder / MODULES_FILE)
+    return hashlib.sha256((folder / MODULES_FILE).read_bytes()).hexdigest()
+
+
+def _need_linear(model, mask, parameters):
+    "Refuse a mask of what an MFT never masks, though the model has it."
+    linear = linear_modules(model)
+    for name in mask:
+        if name in parameters and name not in linear:
+            raise ValueError(
+                f"The mask holds {name!r}, which is no weight of a linear module; MFT masks those "
+                "alone. Put the mask on with mft_nb.bitmask.AppliedMask or a MaskSwitch."
+            )
 
 
 def _load_modules(path, digest):
@@ -806,6 +873,7 @@ def from_pretrained(
     mft.config = MaskConfig.from_dict(settings)
     check_maskable(model, list(saved.mask))
     parameters = dict(model.named_parameters())
+    _need_linear(model, saved.mask, parameters)
     check_same_shapes(saved.mask, parameters)
     mft._remember(model, list(saved.mask))
     check_base(mft._weights, saved.base_sha256, path)

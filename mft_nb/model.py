@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'DEFAULT_EXCLUDE', 'fetch_model', 'load_classifier', 'layer_of', 'layer_names', 'check_pattern',
-           'find_layers', 'layer_count', 'middle_third', 'check_maskable', 'maskable_weights', 'dropout_rates']
+           'linear_modules', 'find_layers', 'layer_count', 'middle_third', 'check_maskable', 'maskable_weights',
+           'dropout_rates']
 
 # %% ../nbs/01_model.ipynb #871ff95b
+import inspect
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import tempfile
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from torch import nn
@@ -279,8 +282,10 @@ def _is_linear(module):
     return callable(weight) or getattr(weight, "ndim", 0) == 2
 
 
-def _linear_modules(model):
-    "Linear modules by the names of their weights; a shared module has several names."
+def linear_modules(
+    model: nn.Module,  # any
+) -> dict[str, nn.Module]:  # by the dotted name of its weight; a shared module has several
+    "The modules whose weights a mask may touch, if nothing else speaks against it."
     return {
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -315,7 +320,7 @@ def find_layers(
 ) -> dict[str, tuple[int, ...]]:  # by the name of the stack: its layers' numbers, ascending
     "The stacks of layers that hold linear weights."
     found = defaultdict(set)
-    for stack, number in _layer_places(model, _linear_modules(model), DEFAULT_EXCLUDE).values():
+    for stack, number in _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE).values():
         found[stack].add(number)
     return {stack: tuple(sorted(numbers)) for stack, numbers in found.items()}
 
@@ -414,7 +419,7 @@ def check_maskable(
     names: Iterable[str],  # dotted names of linear weights
 ) -> None:
     "Refuse, by name, weights that cannot carry a mask, or that two places share."
-    linear = {name: module for name, module in _linear_modules(model).items() if name in names}
+    linear = {name: module for name, module in linear_modules(model).items() if name in names}
     _check_carriers(linear)
     for name, other in _tied(model, linear).items():
         raise ValueError(
@@ -444,7 +449,7 @@ def maskable_weights(
     "The weight matrices that a mask may touch; ValueError when a layer or a pattern fits nothing."
     target_modules, exclude_modules = tuple(target_modules), tuple(exclude_modules)
     layers = layers if isinstance(layers, str) else tuple(layers)
-    linear = _linear_modules(model)
+    linear = linear_modules(model)
     _check_excluded(linear, target_modules, exclude_modules)
     tied = _tied(model, linear)
     inside = _in_layers(model, linear, layers, target_modules, exclude_modules)
@@ -513,11 +518,20 @@ def _because(model, pattern, linear, tied, exclude_modules):
 # %% ../nbs/01_model.ipynb #6d1f90-1
 def dropout_rates(
     module: nn.Module,  # looked at alone, without the modules in it
-) -> dict[str, float]:  # by the attribute's name: a rate above 0
+) -> dict[str, float]:  # by the attribute's name, or config.name: a rate above 0
     "The settings of one module that make it drop something in training."
     own = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ()
-    return {
-        name: rate
-        for name, rate in vars(module).items()
-        if isinstance(rate, float) and rate and (name in own or "drop" in name)
-    }
+    rates = {name: rate for name, rate in vars(module).items() if name in own or "drop" in name}
+    config = getattr(module, "config", None)
+    rates |= {f"config.{name}": getattr(config, name, None) for name in _read_rates(type(module))}
+    return {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate}
+
+
+@cache
+def _read_rates(kind):
+    "The rates that a class of modules reads from its config in each forward pass, as Falcon does."
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # no source is at hand
+        return ()
+    return tuple(dict.fromkeys(re.findall(r"self\.config\.(\w*drop\w*)", source)))
