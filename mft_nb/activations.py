@@ -86,6 +86,14 @@ def _need_right_padding(batch):
             "beside. Set tokenizer.padding_side = 'right'."
         )
 
+# %% ../nbs/03b_activations.ipynb #2ffe15-1
+def _masks(model):
+    "The masks in force on the weights of a model, by name."
+    modules = model.named_modules(remove_duplicate=False)
+    on_weights = {name: one for name, one in modules if ".parametrizations." in f".{name}"}
+    masks = {f"{name}.mask": getattr(one, "mask", None) for name, one in on_weights.items()}
+    return {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
+
 # %% ../nbs/03b_activations.ipynb #2ffe15d2
 @dataclass(frozen=True)
 class _Layout:
@@ -106,9 +114,10 @@ class _Layout:
         return not parents.isdisjoint(self.after | higher)
 
     def below(self, model):
-        "Every parameter and buffer that can influence what the first layer takes."
+        "Every parameter, buffer and mask that can influence what the first layer takes."
         tensors = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
+        tensors |= _masks(model)
         return {n: t for n, t in tensors.items() if not self.above(n.rpartition(".")[0])}
 
 # %% ../nbs/03b_activations.ipynb #292bb637

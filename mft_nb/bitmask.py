@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -428,8 +429,25 @@ def _overlap_of(first, second):
     )
 
 # %% ../nbs/02_bitmask.ipynb #b2cc8b91
+def _check_in_place(weights):
+    "Refuse, with a ValueError, weights that cannot be changed in place."
+    for name, weight in weights.items():
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"The weight {name!r} is not contiguous; a mask is put only on contiguous weights. "
+                "Call weight.data = weight.data.contiguous() on it first."
+            )
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"The weight {name!r} was made under torch.inference_mode(), so it can be changed "
+                "only there. Load the model outside of it."
+            )
+
+
 class AppliedMask:
     "A mask that is in force on a model; `undo` restores every bit, also as a context manager."
+
+    _in_force = WeakValueDictionary()  # number -> mask; one put on later has a larger number
 
     def __init__(
         self,
@@ -438,15 +456,34 @@ class AppliedMask:
     ):
         weights = dict(model.named_parameters())
         check_same_shapes(mask, weights)
+        _check_in_place({name: weights[name] for name in mask})
         self._saved = {}
         for name, kept in mask.items():
             cut = (~kept.to(weights[name].device)).reshape(-1).nonzero()[:, 0]
-            flat = weights[name].data.view(-1)
-            self._saved[name] = (weights[name], cut, flat[cut].clone())
-            flat[cut] = 0
+            self._saved[name] = (weights[name], cut, weights[name].data.view(-1)[cut])
+        self._number = max(self._in_force, default=0) + 1
+        self._in_force[self._number] = self
+        try:
+            for weight, cut, _ in self._saved.values():
+                weight.data.view(-1)[cut] = 0
+        except BaseException:  # Ctrl-C too
+            self.undo()
+            raise
+
+    def _check_last(self):
+        "Refuse an undo under a mask that was put on later."
+        later = [mask for number, mask in self._in_force.items() if number > self._number]
+        covered = {id(weight) for mask in later for weight, _, _ in mask._saved.values()}
+        for name, (weight, _, _) in self._saved.items():
+            if id(weight) in covered:
+                raise ValueError(
+                    f"A later mask is in force on the weight {name!r}, and its undo would put back "
+                    "zeros of this one. Call undo() on the later one first."
+                )
 
     def undo(self) -> None:
-        "Put the cut values back; a second call does nothing."
+        "Put the cut values back; a second call does nothing. ValueError under a later mask."
+        self._check_last()
         for weight, cut, values in self._saved.values():
             weight.data.view(-1)[cut] = values
         self._saved = {}

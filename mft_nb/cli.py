@@ -7,11 +7,11 @@ __all__ = ['parse_seeds', 'parse_layers', 'print_results', 'compare_text', 'mft_
            'grid_status', 'mft_fit', 'mft_apply']
 
 # %% ../nbs/11_cli.ipynb #1b0bd6ae
+import errno
 import functools
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -477,10 +477,24 @@ def mft_apply(
 # %% ../nbs/11_cli.ipynb #c8cb28-1
 def _save_model(model, tokenizer, folder):
     "A plain model folder, whole or not at all."
+    folder = folder.resolve()  # a link stays, what it names is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model.save_pretrained(Path(scratch) / "model")
         tokenizer.save_pretrained(Path(scratch) / "model")
+        _into_place(Path(scratch) / "model", folder)
+
+
+def _into_place(made, folder):
+    "Move a folder to where none is, or an empty one; ValueError where something else is by now."
+    try:
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(Path(scratch) / "model", folder)
+            folder.rmdir()  # fails where it holds something
+        os.replace(made, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ValueError(
+            f"out is {folder}, which was empty before and is not now: something else wrote there. "
+            "It is left as it is, and the masked model was not written. Name a new folder."
+        ) from None

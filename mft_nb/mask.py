@@ -431,7 +431,7 @@ def _refuse_masked(model):
     if getattr(model, "mask_in_force", None) is not None:
         raise ValueError(
             f"The mask {model.mask_in_force!r} of a MaskSwitch is in force on the model, so its "
-            "weights are not the base. Call use(None) on the switch first."
+            "weights are not the base. Call model.mask_switch.use(None) first."
         )
     if any(isinstance(module, (MaskedWeight, FixedMask)) for module in model.modules()):
         raise ValueError(

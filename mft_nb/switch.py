@@ -9,7 +9,7 @@ __all__ = ['MaskSwitch']
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .bitmask import BitMask, check_same_shapes, load_mask
+from .bitmask import BitMask, _check_in_place, check_same_shapes, load_mask
 from .mask import MASK_FILE, MODULES_FILE, FixedMask, MaskedWeight
 
 # %% ../nbs/12_switch.ipynb #e6a1b7f4
@@ -47,6 +47,10 @@ class MaskSwitch:
         self._awaited = []  # what each open `using` will go back to
         self._check_model()
 
+    def __getstate__(self):
+        "What a copy gets: no counts, since its weights count their changes anew, and no `using`."
+        return self.__dict__ | {"_versions": {}, "_awaited": []}
+
     @property
     def names(self) -> list[str]:  # in the order they were added
         "The masks there are."
@@ -64,13 +68,13 @@ class MaskSwitch:
 # %% ../nbs/12_switch.ipynb #41bc9e75
 @patch
 def _check_model(self: MaskSwitch):
-    "Refuse a model whose weights are made by an MFT."
-    # another switch's mask would be taken for the base
+    "Refuse a model whose weights are not the base: under another switch's mask, or an MFT's."
     other = getattr(self.model, "mask_in_force", None)
-    if other is not None and self.model.mask_switch != id(self):
+    if other is not None and self.model.mask_switch is not self:
         raise ValueError(
             f"The mask {other!r} of another MaskSwitch is in force on the model, so its weights "
-            "are not the base. Call use(None) on that switch first, or add all masks to it."
+            "are not the base. Call model.mask_switch.use(None) first, or add all masks to that "
+            "switch, model.mask_switch."
         )
     if any(isinstance(module, (MaskedWeight, FixedMask)) for module in self.model.modules()):
         raise ValueError(
@@ -87,11 +91,12 @@ def _weights(self: MaskSwitch, names):
     for name in names:
         weight = parameters.get(name)
         shape = None if weight is None else weight.shape
-        if shape is None or shape != self._shapes.get(name, shape) or not weight.is_contiguous():
+        if shape is None or shape != self._shapes.get(name, shape):
             raise ValueError(
-                f"The weight {name!r} is gone, or has another shape than its mask, or is not "
-                "contiguous. Make a new MaskSwitch on the model as it is now."
+                f"The weight {name!r} is gone, or has another shape than its mask. Make a new "
+                "MaskSwitch on the model as it is now."
             )
+    _check_in_place({name: parameters[name] for name in names})
     return {name: parameters[name].detach() for name in names}
 
 
@@ -153,7 +158,7 @@ def use(
     self: MaskSwitch,
     name: str | None,  # of a mask that was added; None: the base
 ) -> None:
-    "Make a mask the one in force, in place."
+    "Make a mask the one in force, in place; where that fails, the base."
     if name is not None:
         self._check_name(name)
         if name == self._active:
@@ -163,6 +168,41 @@ def use(
     weights = self._weights({weight: None for weight, _ in keys})
     self._warn_of_changes(weights)
     self._active = None  # until all pieces are done
+    try:
+        if name is not None:
+            self._mark(name)
+        self._switch_all(keys, weights, after)
+    except BaseException:  # Ctrl-C too
+        self._back_to_base(weights)
+        raise
+    self._active = name
+    self._mark(name)
+    counted = {weight: weights[weight] for weight, _ in after}
+    self._versions = {n: one._version for n, one in counted.items() if not one.is_inference()}
+
+
+@patch
+def _mark(self: MaskSwitch, name):
+    "Write on the model which mask is in force, and the switch that can take it off."
+    self.model.mask_switch = self
+    self.model.mask_in_force = name  # MFT refuses the model as long as there is one
+    if name is None:
+        self.model.mask_switch = None
+
+
+@patch
+def _back_to_base(self: MaskSwitch, weights):
+    "Put back all that is zeroed; as long as something is left, the model stays marked."
+    for key in list(self._zeroed):
+        with suppress(Exception):  # the error that led here is raised
+            self._switch_pieces([key], weights, {})
+    if not self._zeroed:
+        self._mark(None)
+
+# %% ../nbs/12_switch.ipynb #5e80b3d7
+@patch
+def _switch_all(self: MaskSwitch, keys, weights, after):
+    "Switch all pieces, shared out among torch's threads."
     on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
     threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
     if threads > 1:
@@ -171,12 +211,8 @@ def use(
             list(pool.map(lambda share: self._switch_pieces(share, weights, after), shares))
     else:
         self._switch_pieces(keys, weights, after)
-    self._active = name
-    self.model.mask_in_force = name  # MFT refuses the model as long as there is one
-    self.model.mask_switch = id(self)
-    self._versions = {weight: weights[weight]._version for weight, _ in after}
 
-# %% ../nbs/12_switch.ipynb #5e80b3d7
+
 @patch
 @torch.no_grad()
 def _switch_pieces(self: MaskSwitch, keys, weights, after):

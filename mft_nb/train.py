@@ -35,6 +35,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from .bitmask import weights_sha256
 from .data import check_rows, tokenise, write_whole
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 # %% ../nbs/03_train.ipynb #4cce46f1
 def check_number(
     field: str,  # name in the message
@@ -313,9 +318,13 @@ def same_run(
     write_whole(path, json.dumps(asked))
 
 # %% ../nbs/03_train.ipynb #1f8601f0
+_LOCK = ".lock"  # in the folder of a run; held while it is trained
+
+
 def _check_own(folder):
     "Refuse a folder that holds something else than a run of ours: it is removed in the end."
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "asked.json").exists():
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held - {_LOCK} and "asked.json" not in held:
         raise ValueError(
             f"folder is {str(folder)!r}, which holds other files. It keeps checkpoints while the "
             "training runs and is removed in the end, so name a new or empty one."
@@ -324,12 +333,46 @@ def _check_own(folder):
 
 def remove_folder(
     folder: str | Path,  # gone at once for others, whatever it holds
+    lock=None,  # an open file in it, closed before it is deleted: network drives need that
 ) -> None:
     "Delete a folder so that a kill half-way leaves no half of it under its name."
     folder = Path(folder)
     if folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:
             os.replace(folder, Path(scratch) / "old")
+            if lock:
+                lock.close()
+
+# %% ../nbs/03_train.ipynb #1f8601-1
+def _lock(folder):
+    "A context that holds a folder for this process: its open lock file, None without locks."
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which train together
+    if fcntl is None or not first:
+        return nullcontext()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RuntimeError(
+                f"folder is {str(folder)!r}, in which another process is training. Wait until it "
+                "ends, stop it to go on from its last checkpoint, or name another folder."
+            ) from None
+        except OSError:  # some network drives have no such locks
+            pass
+        if _is_at(file, folder / _LOCK):
+            return file
+        file.close()  # of a run that just ended and took its folder along
+
+
+def _is_at(file, path):
+    "Whether an open file is the one at a path."
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 # %% ../nbs/03_train.ipynb #5094b07d
 def _last_whole_checkpoint(place):
@@ -346,16 +389,31 @@ def _last_whole_checkpoint(place):
     return get_last_checkpoint(place) if place.is_dir() else None
 
 # %% ../nbs/03_train.ipynb #3d8af540
-def _take_folder(folder, model, tokens, config, context, activations):
-    "Refuse a folder that holds something else than this training."
-    _check_own(folder)
+def _asked(model, tokens, config, context, activations):
+    "What a training was asked, as plain values."
     digest = hashlib.sha256(repr([tokens["input_ids"][:], tokens["labels"][:]]).encode())
     model_digest = weights_sha256(dict(model.named_parameters()))
     asked = asdict(config) | {"rows": digest.hexdigest(), "model": model_digest}
     asked |= context or {}
     if activations is not None:
         asked["activations"] = activations.first_layer
-    same_run(folder, json.loads(json.dumps(asked)))
+    return json.loads(json.dumps(asked))
+
+
+@contextmanager
+def _own_folder(folder, *training):
+    "The folder of a training, for it alone and gone when it ends well; a temporary one for None."
+    if not folder:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = Path(folder)
+    _check_own(folder)
+    asked = _asked(*training)
+    with _lock(folder) as lock:
+        same_run(folder, asked)
+        yield folder
+        remove_folder(folder, lock)
 
 # %% ../nbs/03_train.ipynb #d73cee9e
 def train(
@@ -383,8 +441,7 @@ def train(
     tokens = tokenise(rows, tokenizer, config.max_length)
     check_fits(model, tokens)
     look_activations = _look_activations(activations, tokens, validation, tokenizer, config)
-    if folder:
-        _take_folder(Path(folder), model, tokens, config, context, activations)
+    own_folder = _own_folder(folder, model, tokens, config, context, activations)
     history = History()
     bar = {"desc": label, "disable": not progress, "position": position}
 
@@ -397,8 +454,7 @@ def train(
         return accuracy(logits, validation["label"])
 
     collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
-    with tempfile.TemporaryDirectory() as scratch, skipping:
-        place = Path(folder) if folder else Path(scratch)
+    with own_folder as place, skipping:
         trainer = _Trainer(
             model=model,
             args=_train_arguments(
@@ -419,8 +475,6 @@ def train(
         if last:
             vars(history).update(json.loads((Path(last) / "history.json").read_text()))
         trainer.train(resume_from_checkpoint=last)
-    if folder:
-        remove_folder(folder)
     model.eval()
     return history
 

@@ -363,3 +363,40 @@ def test_a_limit_evicts_what_was_used_longest_ago_but_not_what_is_in_use(gpt2):
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="allowed is a whole number of bytes"):
             keep(gpt2, limit=wrong)
+
+
+def masked_below(model, **settings):
+    """A mask on the lowest layer of a model, with scores of its own."""
+    return MFT(model, MaskConfig(layers=[0], start="normal", **settings))
+
+
+def test_activations_under_a_loaded_mask_are_not_those_under_another(gpt2, tmp_path):
+    gpt2.first, models, kept = "transformer.h.2", [], []
+    for seed in (0, 1):
+        folder = tmp_path / f"mask{seed}"
+        masked_below(family("gpt2"), keep=0.5, start_seed=seed).save_pretrained(folder)
+        gpt2.model = MFT.from_pretrained(family("gpt2"), folder).model
+        models.append(gpt2.model)
+        kept.append(keep(gpt2))
+    usual = [predict(model, gpt2.tokenizer, gpt2.rows) for model in models]
+    assert np.abs(usual[0] - usual[1]).max() > 1e-2, "both masks do the same"
+    assert kept[0].path != kept[1].path
+    for one, other in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="weights below transformer.h.2 are not those"):
+            predict(models[one], gpt2.tokenizer, gpt2.rows, activations=kept[other])
+        skipped = predict(models[one], gpt2.tokenizer, gpt2.rows, activations=kept[one])
+        assert np.abs(skipped - usual[one]).max() < 1e-5 * np.abs(usual[one]).max()
+    again = MFT.from_pretrained(family("gpt2"), tmp_path / "mask0").model
+    predict(again, gpt2.tokenizer, gpt2.rows, activations=kept[0])  # the same mask, loaded anew
+    gpt2.model = family("gpt2").requires_grad_(False).eval()
+    assert keep(gpt2, training=False).path not in (kept[0].path, kept[1].path)  # no mask
+
+
+def test_activations_under_scores_depend_on_what_makes_the_mask(gpt2):
+    gpt2.first, paths = "transformer.h.2", []
+    for change in ({}, {"keep": 0.5}, {"scope": "global"}, {"ranking": "absolute"}):
+        gpt2.model = masked_below(family("gpt2"), **change).model
+        paths.append(keep(gpt2, training=False).path)
+    assert len(set(paths)) == 4
+    gpt2.model = masked_below(family("gpt2")).model
+    assert keep(gpt2, training=False).path == paths[0]

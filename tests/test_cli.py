@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from mft_nb import cli
 from mft_nb.bitmask import load_mask
 from mft_nb.data import load_snippets
+from mft_nb.mask import MFT
 from mft_nb.model import load_classifier
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,6 +214,31 @@ def test_apply_refuses(files, tmp_path, capsys):
         status, said = call_here("mft_apply", capsys, mask=str(mask), **options)
         check_refusal(status, said, expected)
     assert not (tmp_path / "out").exists()
+
+
+def test_apply_leaves_what_was_put_in_its_folder_meanwhile(files, tmp_path, capsys, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model, out = BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes)), None
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained(tmp_path / "model")
+    MFT(model).save_pretrained(tmp_path / "mask")
+    options = {"model": str(tmp_path / "model"), "mask": str(tmp_path / "mask")}
+    options |= {"data": str(files / "few.csv")}
+
+    def measure(*_):
+        if out.name == "full":
+            (out / "thesis.txt").write_text("mine")
+        return "measured"
+
+    monkeypatch.setattr(cli, "_describe", measure)
+    for out in (tmp_path / "full", tmp_path / "empty"):
+        out.mkdir()
+        status, said = call_here("mft_apply", capsys, out=str(out), **options)
+        if out.name == "full":
+            check_refusal(status, said, f"out is {out}, which was empty before and is not now")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    assert status == 0 and (tmp_path / "empty" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "mask", "model"]
 
 
 def test_a_damaged_download_is_refused(tmp_path):

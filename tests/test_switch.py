@@ -1,9 +1,13 @@
 """On a real model: any way from mask to mask gives the same bits as a fresh copy."""
 
+import copy
+import pickle
 import random
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mft_nb.bitmask import (
     AppliedMask,
@@ -198,3 +202,216 @@ def test_training_under_a_mask_keeps_what_the_mask_keeps():
     assert torch.equal(layer.weight[kept], trained[kept])
     assert torch.equal(layer.weight[~kept], before[~kept])
     assert not torch.equal(trained[kept], before[kept])
+
+
+def layer_with_switch():
+    """A small layer with the mask 'half' in force, the layer's base, and the mask."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4)
+    before = layer.weight.detach().clone()
+    mask = random_mask({"weight": before}, 0.5)
+    switch = MaskSwitch(layer)
+    switch.add("half", mask)
+    switch.use("half")
+    return layer, before, mask
+
+
+def test_a_model_whose_switch_is_lost_still_has_its_base():
+    layer, before, mask = layer_with_switch()
+    for _ in range(20):  # any of them might lie where the first one lay
+        with pytest.raises(ValueError, match=r"model\.mask_switch\.use\(None\)"):
+            MaskSwitch(layer)
+    assert layer.mask_in_force == "half" and layer.mask_switch.active == "half"
+    layer.mask_switch.use(None)
+    assert torch.equal(layer.weight, before)
+    assert layer.mask_in_force is None and layer.mask_switch is None
+    MaskSwitch(layer).add("half", mask)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("of", ["model", "switch"])
+def test_a_copy_made_under_a_mask_goes_back_to_its_own_base(copied, of):
+    layer, before, mask = layer_with_switch()
+    original = layer.mask_switch
+    with original.using(None), original.using("half"):
+        twin = copied(layer) if of == "model" else copied(original).model
+    assert twin is not layer and twin.mask_switch.model is twin
+    with pytest.raises(ValueError, match="another MaskSwitch"):
+        MaskSwitch(twin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        switch = twin.mask_switch
+        switch.use(None)
+    switch.remove("half")
+    assert torch.equal(twin.weight, before)
+    assert torch.equal(layer.weight, before * mask["weight"])
+    original.use(None)
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_switch_is_no_part_of_what_a_model_saves(tmp_path):
+    layer, _, _ = layer_with_switch()
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert [name for name, _ in layer.named_modules()] == [""]
+    layer.mask_switch.use(None)
+    assert b"MaskSwitch" not in pickle.dumps(layer)
+    model = load_classifier("minilm", seed=3)[0]
+    switch = MaskSwitch(model)
+    switch.add("one", random_mask(maskable_weights(model), 0.9))
+    switch.use("one")
+    model.save_pretrained(tmp_path / "saved")
+    assert same_bits(load_file(tmp_path / "saved" / "model.safetensors"), state(model))
+
+
+def failing(monkeypatch, calls, error):
+    """Let those calls of the step for one piece fail, counted from 1."""
+    whole = MaskSwitch._switch
+    count = 0
+
+    def step(self, part, key, places, *scratch):
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise error
+        whole(self, part, key, places, *scratch)
+
+    monkeypatch.setattr(MaskSwitch, "_switch", step)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, "random"])
+def test_a_switch_that_fails_halfway_puts_all_back(model, base, switch, monkeypatch, error, before):
+    switch.use(before)
+    failing(monkeypatch, {4}, error)
+    with pytest.raises(error):
+        switch.use("magnitude")
+    monkeypatch.undo()
+    assert same_bits(state(model), base)
+    assert switch.active is None and model.mask_in_force is None and model.mask_switch is None
+    switch.use("magnitude")
+
+
+def test_what_could_not_be_put_back_keeps_the_model_refused(model, base, switch, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    failing(monkeypatch, {4, 6}, RuntimeError("no memory"))  # the 6th call is the way back
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            switch.use("magnitude")
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.undo()
+    assert not same_bits(state(model), base)
+    for refused in (lambda: MaskSwitch(model), lambda: MFT(model, MaskConfig())):
+        with pytest.raises(ValueError, match="The mask 'magnitude' .* is in force"):
+            refused()
+    model.mask_switch.use(None)
+    assert same_bits(state(model), base)
+    MaskSwitch(model)
+
+
+def unchangeable(kind):
+    """Three layers, the last of which has a weight that cannot be changed in place."""
+    torch.manual_seed(0)
+    stack = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    with torch.inference_mode(kind == "inference"):
+        last = torch.nn.Linear(4, 4)
+    if kind == "strided":
+        last.weight.data = last.weight.data.T
+    stack.append(last)
+    return stack, random_mask({f"{i}.weight": stack[i].weight for i in range(3)}, 0.5)
+
+
+REASONS = {
+    "inference": "made under torch.inference_mode",
+    "strided": "is not contiguous.*contiguous",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_weight_that_cannot_be_changed_is_named_before_any_is_touched(kind):
+    stack, mask = unchangeable(kind)
+    before = state(stack)
+    with pytest.raises(ValueError, match=f"'2.weight' .*{REASONS[kind]}"):
+        AppliedMask(stack, mask)
+    switch = MaskSwitch(stack)
+    with pytest.raises(ValueError, match=f"'2.weight' .*{REASONS[kind]}"):
+        switch.add("half", mask)
+    switch.add("fewer", BitMask({name: mask[name] for name in ("0.weight", "1.weight")}))
+    switch.use("fewer")
+    switch.use(None)
+    assert all(torch.equal(before[name], one) for name, one in stack.state_dict().items())
+
+
+def test_a_weight_that_became_unchangeable_is_named_by_use():
+    whole = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+    switch = MaskSwitch(whole)
+    switch.add("half", random_mask({f"{i}.weight": whole[i].weight for i in range(3)}, 0.5))
+    with torch.inference_mode():
+        whole[2] = torch.nn.Linear(4, 4)
+    before = state(whole)
+    with pytest.raises(ValueError, match="'2.weight' was made under torch.inference_mode"):
+        switch.use("half")
+    assert all(torch.equal(before[name], one) for name, one in whole.state_dict().items())
+    assert getattr(whole, "mask_in_force", None) is None
+    with torch.inference_mode():
+        switch.use("half")
+        assert not torch.equal(whole[2].weight, before["2.weight"])
+        switch.use(None)
+        assert torch.equal(whole[2].weight, before["2.weight"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_applied_mask_that_fails_halfway_puts_all_back(error, monkeypatch):
+    stack, mask = unchangeable("no")
+    before = state(stack)
+    set_item = torch.Tensor.__setitem__
+    calls = []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        set_item(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "__setitem__", interrupted)
+    with pytest.raises(error):
+        AppliedMask(stack, mask)
+    assert same_bits(state(stack), before)
+
+
+def test_masks_on_one_weight_are_undone_from_the_last_to_the_first():
+    layer = torch.nn.Linear(6, 4)
+    before = state(layer)
+    first, second = (
+        AppliedMask(layer, random_mask({"weight": layer.weight}, 0.5, seed)) for seed in (0, 1)
+    )
+    both = state(layer)
+    with pytest.raises(ValueError, match="later mask .* 'weight'.*undo"):
+        first.undo()
+    assert same_bits(state(layer), both)
+    second.undo()
+    first.undo()
+    assert same_bits(state(layer), before)
+    second.undo()  # does nothing, as ever
+    first.undo()
+    assert same_bits(state(layer), before)
+
+
+def test_masks_on_other_weights_are_undone_in_any_order():
+    stack, mask = unchangeable("no")
+    before = state(stack)
+    first, second = (AppliedMask(stack, BitMask({name: mask[name]})) for name in list(mask)[:2])
+    first.undo()
+    third = AppliedMask(stack, BitMask({"0.weight": mask["0.weight"]}))
+    second.undo()
+    third.undo()
+    assert same_bits(state(stack), before)
+
+
+def test_a_mask_that_nobody_can_undo_any_more_does_not_stand_in_the_way():
+    layer = torch.nn.Linear(6, 4)
+    before = state(layer)
+    with AppliedMask(layer, BitMask({"weight": torch.zeros(4, 6, dtype=torch.bool)})):
+        AppliedMask(layer, random_mask({"weight": layer.weight}, 0.5))
+    assert same_bits(state(layer), before)
