@@ -453,7 +453,7 @@ def test_a_model_under_a_switch_is_refused():
     switch = MaskSwitch(model)
     switch.add("one", mask)
     switch.use("one")
-    with pytest.raises(ValueError, match="Call use.None. on the switch first"):
+    with pytest.raises(ValueError, match=r"Call model.mask_switch.use\(None\) first"):
         MFT(model, CONFIG)
     switch.use(None)
     assert MFT(model, CONFIG).bitmask() == mask
