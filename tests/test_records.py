@@ -8,10 +8,16 @@ import pytest
 from mft_nb import plots
 from mft_nb.cli import grid_status
 from mft_nb.evidence import EVIDENCE
-from mft_nb.experiment import Place, missing_runs, plan
+from mft_nb.experiment import PUBLISHED, Place, missing_runs, plan, published_plan
 from mft_nb.inside import INSIDE
 from mft_nb.ledger import LEDGER
-from mft_nb.results import read_predictions, read_records, results_frame, summary
+from mft_nb.results import (
+    read_predictions,
+    read_record,
+    read_records,
+    results_frame,
+    summary,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}
@@ -20,6 +26,16 @@ PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}
 @pytest.mark.parametrize("profile", PLANS)
 def test_the_plan_is_complete(profile):
     assert missing_runs(plan(profile, PLANS[profile]), Place(str(ROOT))) == []
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_a_record_tells_of_the_run_that_was_planned(profile):
+    place = Place(str(ROOT))
+    for run in published_plan(profile):
+        if place.record(run).exists():
+            asked = read_record(place.record(run))["asked"]
+            told = [asked[field] for field in ("seed", "checkpoint", "method", "keep")]
+            assert told == [run.seed, run.checkpoint, run.method, run.keep], run.name
 
 
 @pytest.mark.parametrize("profile", PLANS)
