@@ -641,8 +641,10 @@ def candidates(
     folder: str | Path,  # of one profile's records
 ) -> pd.DataFrame:  # `effects` on validation beside ours, the best first; name
     "Recipes on the best checkpoint beside ours, where a choice may look."
-    place, tried = Path(folder), ("waterfall", "rates", "ablations")
+    place, tried = Path(folder), ("waterfall", "rates", "ablations", "report")
     frame = results_frame(place, [study for study in tried if any(place.glob(f"{study}/*.json"))])
+    reported = frame.seed[(frame.study == "report") & (frame.checkpoint == "90")]
+    frame = frame[~frame.seed.isin(reported)]  # kept for the report on what was chosen
     recipes = frame.method.astype(str).str.startswith("mft_") & (frame.keep >= 0.9)
     frame = frame[recipes & (frame.checkpoint == "90")]
     beside = against(frame.assign(accuracy=frame.validation), OURS)
