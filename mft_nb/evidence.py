@@ -621,7 +621,7 @@ def ablations_figure(
     axes.set_xlabel("difference to our recipe (points)")
     seeds = sorted(set(runs.seed[[key in names for key in _keys(runs)]]))
     note = f"{_where(folder, seeds)} Best checkpoint, of the same seed. Bars: 95 % intervals over "
-    note += "seeds, of two seeds wider than the picture; one seed alone has none."
+    note += "seeds, some wider than the picture; one seed, or equal differences, have none."
     _headline(figure, _ablations_title(found.loc[list(names)], names), note)
     return figure
 

@@ -419,6 +419,13 @@ class MFT:
     def __repr__(self):
         return f"MFT({type(self.model).__name__}, {self.bitmask()})"
 
+    def _need_on(self):
+        "Refuse to go on with a mask that is no longer on its model."
+        if not self._on:
+            raise ValueError(
+                "The mask was taken off its model. Make a new MFT(model, config) to go on."
+            )
+
 # %% ../nbs/06_mask.ipynb #ff8a0fe7
 def _refuse_masked(model):
     "Refuse what is no model, and a model that carries a mask already."
@@ -707,15 +714,6 @@ def load_state_dict(
     self.model.load_state_dict(state, strict=False)
 
 # %% ../nbs/06_mask.ipynb #2836a417
-@patch
-def _need_on(self: MFT):
-    "Refuse to go on with a mask that is no longer on its model."
-    if not self._on:
-        raise ValueError(
-            "The mask was taken off its model. Make a new MFT(model, config) to go on."
-        )
-
-
 def _give_own_class(module):
     "A class for this module alone; torch takes `weight` off the class, which copies share."
     shared = type(module)
