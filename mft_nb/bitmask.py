@@ -443,7 +443,7 @@ def _check_in_place(weights):
                 "only there. Load the model outside of it."
             )
 
-
+# %% ../nbs/02_bitmask.ipynb #b2cc8b92
 class AppliedMask:
     "A mask that is in force on a model; `undo` restores every bit, also as a context manager."
 

@@ -274,7 +274,7 @@ def effects_figure(
     panels[len(panels) // 2].set_xlabel("difference to the untreated checkpoint (points)")
     seeds = sorted(set(frame.seed))
     note = " Bars: 95 % intervals over seeds where there are several; dots: seeds. Each panel has "
-    note += "its own scale; the masks by gradient, far below, are left out."
+    note += "its own scale; the masks by gradient are left out."
     _headline(figure, _effects_title(frame), _where(folder, seeds, int(frame.n.iloc[0])) + note)
     return figure
 

@@ -184,10 +184,8 @@ def use(
 @patch
 def _mark(self: MaskSwitch, name):
     "Write on the model which mask is in force, and the switch that can take it off."
-    self.model.mask_switch = self
+    self.model.mask_switch = None if name is None else self
     self.model.mask_in_force = name  # MFT refuses the model as long as there is one
-    if name is None:
-        self.model.mask_switch = None
 
 
 @patch

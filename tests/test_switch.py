@@ -185,25 +185,6 @@ def test_an_mft_on_the_model_is_refused(switch):
     later.use("one")
 
 
-def test_training_under_a_mask_keeps_what_the_mask_keeps():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(6, 4)
-    before = layer.weight.detach().clone()
-    mask = random_mask({"weight": before}, 0.5)
-    switch = MaskSwitch(layer)
-    switch.add("one", mask)
-    switch.use("one")
-    layer(torch.ones(3, 6)).sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
-    trained = layer.weight.detach().clone()
-    with pytest.warns(UserWarning, match="changed while the mask 'one' was in force: weight"):
-        switch.use(None)
-    kept = mask["weight"]
-    assert torch.equal(layer.weight[kept], trained[kept])
-    assert torch.equal(layer.weight[~kept], before[~kept])
-    assert not torch.equal(trained[kept], before[kept])
-
-
 def layer_with_switch():
     """A small layer with the mask 'half' in force, the layer's base, and the mask."""
     torch.manual_seed(0)
@@ -214,6 +195,19 @@ def layer_with_switch():
     switch.add("half", mask)
     switch.use("half")
     return layer, before, mask
+
+
+def test_training_under_a_mask_keeps_what_the_mask_keeps():
+    layer, before, mask = layer_with_switch()
+    layer(torch.ones(3, 6)).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    trained = layer.weight.detach().clone()
+    with pytest.warns(UserWarning, match="changed while the mask 'half' was in force: weight"):
+        layer.mask_switch.use(None)
+    kept = mask["weight"]
+    assert torch.equal(layer.weight[kept], trained[kept])
+    assert torch.equal(layer.weight[~kept], before[~kept])
+    assert not torch.equal(trained[kept], before[kept])
 
 
 def test_a_model_whose_switch_is_lost_still_has_its_base():
