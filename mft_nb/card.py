@@ -188,7 +188,7 @@ def _file_table(path, saved):
 
 
 def _has_modules(saved):
-    "Whether modules were trained with the mask with a mask, and lie in a file beside it."
+    "Whether modules were trained with a mask, and lie in a file next to it."
     return "modules_sha256" in saved.config
 
 
@@ -198,7 +198,7 @@ def _modules_line(saved, repo_id):
 
 
 def _also_changed(saved):
-    "What a mask brings along beside its zeros."
+    "What a mask brings along in addition to its zeros."
     if not _has_modules(saved):
         return "No weight is changed otherwise."
     names = ", ".join(f"`{pattern}`" for pattern in saved.config["modules_to_save"])
@@ -282,7 +282,7 @@ def write_card(
     card: ModelCard,  # from `mask_card`
     folder: str | Path,  # of the mask; made if missing
 ) -> Path:  # the README.md, written whole or not at all
-    "Write a card beside its mask."
+    "Write a card next to its mask."
     path = Path(folder) / "README.md"
     write_whole(path, str(card))
     return path

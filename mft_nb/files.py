@@ -22,7 +22,7 @@ from pathlib import Path
 @contextmanager
 def whole(
     path: str | Path,  # a file or folder; replaced if it exists; its parent is made if missing
-) -> Iterator[Path]:  # where to write it: the same name in a folder beside it
+) -> Iterator[Path]:  # where to write it: the same name in a folder next to it
     "Write a file or a folder in one step: readers see the old content or the new, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

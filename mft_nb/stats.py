@@ -4,7 +4,13 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson', 'PairedTest', 'mcnemar_exact', 'paired_bootstrap', 'seed_interval', 'minimum_detectable_gain',
-           'majority_share', 'class_share', 'holm', 'p_text']
+           'majority_share', 'class_fractions', 'holm', 'p_text', 'points_text', 'percent_text']
+
+# %% ../nbs/14_stats.ipynb #need-stats
+from .files import need_extra
+
+# %% ../nbs/14_stats.ipynb #need-stats-1
+need_extra("train", "mft_nb.stats", ("scipy", "statsmodels"))
 
 # %% ../nbs/14_stats.ipynb #imports-10_stats
 import math
@@ -39,7 +45,7 @@ def _check_count(name: str, value: int, at_least: int = 0) -> int:
         count = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} is {value!r}: allowed is a whole number; give a count, not a share"
+            f"{name} is {value!r}: allowed is a whole number; give a count, not a fraction"
         ) from None
     if count < at_least:
         raise ValueError(
@@ -138,9 +144,11 @@ def wilson(
             "check the order of the arguments"
         )
     low, high = proportion_confint(correct, total, alpha=1 - level, method="wilson")
-    share = correct / total
+    accuracy = correct / total
     # rounding can leave 10 of 10 with an end at 1 - 1e-16, and error bars refuse a negative length
-    return Interval(share, min(float(low), share), max(float(high), share), n=total, level=level)
+    return Interval(
+        accuracy, min(float(low), accuracy), max(float(high), accuracy), n=total, level=level
+    )
 
 # %% ../nbs/14_stats.ipynb #4eed6e41
 @dataclass(frozen=True)
@@ -232,7 +240,7 @@ def seed_interval(
 
 # %% ../nbs/14_stats.ipynb #986d7193
 def minimum_detectable_gain(
-    flip_rate: float,  # share of predictions that change in total, above 0, at most 1
+    flip_rate: float,  # fraction of predictions that change in total, above 0, at most 1
     n: int,  # examples in the test set, at least 1
     power: float = 0.8,  # chance of finding a gain that is real; above alpha, below 1
     alpha: float = 0.05,  # two-sided significance level, between 0 and 1
@@ -262,12 +270,12 @@ def majority_share(
     labels: np.ndarray,  # (n,) 0 or 1: the true classes
 ) -> float:  # accuracy of the best constant predictor, a fraction in [0.5, 1]
     "Accuracy of always naming the more frequent class."
-    return float(class_share(_check_binary("labels", labels, "number the classes 0 and 1")).max())
+    return float(class_fractions(_check_binary("labels", labels, "number the classes 0 and 1")).max())
 
 
-def class_share(
+def class_fractions(
     predictions: np.ndarray,  # (n,) 0 or 1: the classes a model named
-) -> np.ndarray:  # (2,) share of class 0 and of class 1, fractions that sum to 1
+) -> np.ndarray:  # (2,) fraction of class 0 and of class 1, summing to 1
     "How often each of the two classes is named."
     ones = _check_binary("predictions", predictions, "give classes: logits.argmax(axis=1)")
     return np.array([np.mean(~ones), np.mean(ones)])
@@ -299,12 +307,16 @@ def p_text(
     "A p-value for a table."
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
-# %% ../nbs/14_stats.ipynb #0d5aa7e0-s
-def _points(share):
-    "A difference of two accuracies, in points, with a sign."
-    return f"{100 * share + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+def points_text(
+    difference: float,  # of two accuracies, a fraction
+) -> str:  # such as "+2.0", with a true minus sign
+    "A difference in points of accuracy, with a sign."
+    return f"{100 * difference + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _percent(share):
-    "A share for a title: one decimal from 1 % on, two below."
-    return f"{round(100 * share, 1 if share >= 0.01 else 2):g} %"
+def percent_text(
+    fraction: float,  # 0 to 1
+) -> str:  # one decimal from 1 % on, two below
+    "A fraction for a title."
+    return f"{round(100 * fraction, 1 if fraction >= 0.01 else 2):g} %"

@@ -40,10 +40,10 @@ _PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
 
 
 def _places(mask):
-    "Where a mask cuts, for each piece of a matrix that it cuts at all: piece index to int32."
+    "Where a mask prunes, for each piece of a matrix that it touches: piece index to int32."
     pieces = enumerate((~mask).reshape(-1).split(_PIECE))
-    cuts = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
-    return {index: places for index, places in cuts.items() if len(places)}
+    pruned = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
+    return {index: places for index, places in pruned.items() if len(places)}
 
 # %% ../nbs/13_switch.ipynb #who-code
 def _who():

@@ -129,7 +129,7 @@ def _layer_places(model, linear, exclude_modules):
             children[stack][child] = model.get_submodule(child)
     stacks = {stack for stack, found in children.items() if _has_blocks(found.values())}
     named = {stack for stack in stacks if not _matches(f"{stack}.", words)}
-    stacks = named or stacks  # a head of blocks is no stack beside the layers
+    stacks = named or stacks  # a head of blocks is no stack next to the layers
     places = {}
     for name in linear:
         for stack, number, child in _numbers(name):
