@@ -3,12 +3,23 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
+own = {
+    name: settings[f"{name}_requirements"].split()
+    for name in ("train", "study", "peft", "ray", "dev")
+}
+extras = {
+    "train": own["train"],
+    "study": own["train"] + own["study"],
+    "peft": own["peft"],
+    "ray": own["train"] + own["ray"],
+    "dev": own["train"] + own["study"] + own["dev"],
+}
 
 setup(
     name=settings["lib_name"],
@@ -21,12 +32,10 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
-    packages=["mft_nb"],
+    packages=find_packages(include=["mft_nb", "mft_nb.*"]),
+    package_data={"mft_nb": ["py.typed"]},
     install_requires=settings["requirements"].split(),
-    extras_require={
-        "dev": settings["dev_requirements"].split(),
-        "ray": settings["ray_requirements"].split(),
-    },
+    extras_require=extras,
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}=mft_nb._modidx:d"],

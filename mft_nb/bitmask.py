@@ -440,11 +440,15 @@ class AppliedMask:
             self._values[name] = self.weights[name].data[zero]
         hold(self.weights.values(), self)
         try:
-            for name, zero in self._zeros():
-                self.weights[name].data[zero] = 0
+            self._write_zeros()
         except BaseException:  # Ctrl-C too
             self.undo()
             raise
+
+    def _write_zeros(self):
+        for name, zero in self._zeros():
+            self.weights[name].data[zero] = 0
+        torch.clear_autocast_cache()  # it holds copies of the weights of before
 
     def _zeros(self) -> Iterator[tuple[str, Tensor]]:
         "Where each matrix is set to zero, on the weight's device."
@@ -458,6 +462,7 @@ class AppliedMask:
         release(self.weights, self)
         for name, zero in self._zeros():
             self.weights[name].data[zero] = self._values[name]
+        torch.clear_autocast_cache()
         self._values = {}
 
     def base_weights(self) -> dict[str, Tensor]:  # copies, by name
@@ -466,6 +471,17 @@ class AppliedMask:
         for name, zero in self._zeros() if self._values else ():
             found[name][zero] = self._values[name]
         return found
+
+    def check_zeros(self) -> None:
+        "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
+        for name, zero in self._zeros():
+            if self.weights[name].detach()[zero].any():
+                raise RuntimeError(
+                    f"The weight {name!r} is no longer zero where the mask prunes it, as after "
+                    "training it or merging an adapter into it. Take the mask off, which gives "
+                    "the pruned weights the values of before; to train a pruned model and keep "
+                    "it pruned, merge the mask first and hold the zeros in your own loop."
+                )
 
     def keep(self) -> None:
         "Leave the zeros for good: there is nothing to undo any more."

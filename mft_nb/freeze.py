@@ -48,7 +48,10 @@ class Frozen:
     ):
         self.model = model
         self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._replaced = []  # (module, attribute, value before)
+        self._replaced = []  # (module or config, attribute, value before)
+        config = getattr(model, "config", None)
+        if hasattr(config, "problem_type"):
+            self._replaced.append((config, "problem_type", config.problem_type))
         model.requires_grad_(False)
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
@@ -73,8 +76,8 @@ class Frozen:
 
     def undo(self) -> None:
         "Put everything back; what came into the model since is left as it is."
-        for module, name, value in self._replaced:
-            setattr(module, name, value)
+        for owner, name, value in self._replaced:
+            setattr(owner, name, value)
         self._replaced = []
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,6 @@ from .mask_file import check_base, load_mask, save_mask
 from .penalty import Penalty
 from .rest import Rest, digests_by_part, trained_parameters
 from mft_nb.scores import (
-    SCORES,
     ForwardPass,
     MaskedWeight,
     ScoreGroup,
@@ -212,7 +212,9 @@ def _check_on(self: MFT):
 
 @patch
 def _check_in_place(self: MFT):
-    "Refuse a model in which a masked layer was wrapped or replaced since."
+    "Refuse a model in which a masked layer was wrapped, replaced or offloaded since."
+    if self._fixed:
+        self._check_still_there()
     for name, module in self._modules.items():
         own = name.rpartition(".")[0]
         try:
@@ -221,14 +223,34 @@ def _check_in_place(self: MFT):
             found = None
         ours = found is module and parametrize.is_parametrized(module, "weight")
         if ours and list(module.parametrizations.weight) == [self._masked[name]]:
+            if module.parametrizations.weight.original.is_meta:
+                raise RuntimeError(
+                    f"The weight {name!r} is not in memory (device meta), as after offloading. Load "
+                    "the whole model, without device_map or offloading, and put the mask on then."
+                )
             continue
         what = "gone" if found is None else f"now {type(found).__name__}"
-        raise RuntimeError(
-            f"The masked layer {own!r} was wrapped, replaced or changed since the mask was put on "
-            f"({what}), as by a LoRA or another adapter of PEFT, so the model no longer has its "
-            "mask there. Take the adapter off (unload() in PEFT) or put the layer back; to use "
-            "both, call merge_and_unload() on the MFT first and add the adapter to the plain model."
-        )
+        self._refuse_replaced(own, what)
+
+
+@patch
+def _check_still_there(self: MFT):
+    "Refuse a model that lost a weight which a finished mask is on."
+    present = {id(parameter) for parameter in self.model.parameters()}
+    for name, weight in self._fixed.weights.items():
+        if id(weight) not in present:
+            self._refuse_replaced(name.rpartition(".")[0], "its weight is gone")
+
+
+@patch
+def _refuse_replaced(self: MFT, own, what) -> NoReturn:
+    "The error of a mask that is no longer where it was put."
+    raise RuntimeError(
+        f"The masked layer {own!r} was wrapped, replaced or changed since the mask was put on "
+        f"({what}), as by a LoRA or another adapter of PEFT, so the model no longer has its "
+        "mask there. Take the adapter off (unload() in PEFT) or put the layer back; to use "
+        "both, call merge_and_unload() on the MFT first and add the adapter to the plain model."
+    )
 
 # %% ../nbs/12_mask.ipynb #0fe73299
 @patch
@@ -240,10 +262,12 @@ def penalty(self: MFT) -> Tensor:  # a scalar; 0 without a penalty
 @patch
 def bitmask(self: MFT) -> BitMask:  # a copy; later steps do not change it
     "Exactly the mask that forward uses; with sharded scores on all ranks."
-    if self._fixed:
-        return BitMask({name: mask.clone() for name, mask in self._fixed.mask.items()})
     if self._on:
         self._check_in_place()
+    if self._fixed:
+        if self._on:
+            self._fixed.check_zeros()
+        return BitMask({name: mask.clone() for name, mask in self._fixed.mask.items()})
     return BitMask({name: masked.mask.clone() for name, masked in self._masked.items()})
 
 
@@ -270,9 +294,21 @@ def print_trainable_parameters(self: MFT) -> None:
 def plain_state_dict(self: MFT) -> dict[str, Tensor]:  # plain names; masked weights
     "The state of the plain model that merging the mask would give."
     self._check_on()
-    own = {f"{one.info.name.removesuffix('weight')}{SCORES}" for one in self._masked.values()}
-    own |= {name.replace(".scores", ".steps") for name in own}
-    return {name: t for name, t in self.model.state_dict().items() if name not in own}
+    with self._without_scores():
+        return dict(self.model.state_dict())
+
+
+@patch
+@contextmanager
+def _without_scores(self: MFT):
+    "Within, states of the model and of its parts have no scores."
+    try:
+        for masked in self._masked.values():
+            masked.in_state = False
+        yield
+    finally:
+        for masked in self._masked.values():
+            masked.in_state = True
 
 
 @patch
@@ -282,12 +318,14 @@ def save_model(
     **options: Any,  # of the model's own `save_pretrained`
 ) -> None:
     "Save the masked model as a plain one, without the scores; the mask stays on."
+    self._check_on()
     if not hasattr(self.model, "save_pretrained"):
         raise TypeError(
             f"{type(self.model).__name__} has no save_pretrained. Save its state: "
             "torch.save(mft.plain_state_dict(), path)."
         )
-    self.model.save_pretrained(folder, state_dict=self.plain_state_dict(), **options)
+    with self._without_scores():
+        self.model.save_pretrained(folder, **options)
 
 # %% ../nbs/12_mask.ipynb #c2cdd939
 _SETTINGS = "mask_settings"  # the name in a state of what turns scores into a mask
@@ -362,6 +400,8 @@ def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain ag
     "Bake the mask in: pruned weights are zero, all else stays bit for bit."
     self._check_removable()
     self._warn_of_mask()
+    if self._fixed:
+        self._fixed.check_zeros()
     self._remove(leave=True)
     return self.model
 
@@ -436,11 +476,12 @@ def save_pretrained(
 @patch
 def _warn_of_changes(self: MFT):
     "Warn of parameters that changed by hand and are in no file."
-    if changed := self._rest.changed_by_hand():
+    if changed := self._rest.changed_by_hand(self.base_weights()) + self._rest.added():
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         warnings.warn(
-            f"{', '.join(changed[:3])}{more} changed since the mask was put on, and the mask file "
-            "does not hold them. Name their modules in modules_to_save, or save them yourself.",
+            f"{', '.join(changed[:3])}{more} changed or were added since the mask was put on, and the mask file "
+            "does not hold them. Name modules that are not masked in modules_to_save, or save the "
+            "model as it is.",
             stacklevel=3,
         )
 

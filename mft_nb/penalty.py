@@ -6,6 +6,7 @@
 __all__ = ['Penalty']
 
 # %% ../nbs/08_penalty.ipynb #imports-06b_penalty
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,9 @@ class Penalty:
         self.reduction = reduction
         self.heard = 0  # backward passes that came through the penalty
         self.warned = False
+        self.groups = list({id(one.group): one.group for one in masked}.values())
+        for group in self.groups:
+            group.on_gradient = self._warn_if_unheard
 
     def value(self) -> Tensor:  # a scalar
         "The penalty of the present scores."
@@ -59,35 +63,43 @@ class Penalty:
         "After a forward pass of the model."
         if not model.training or not torch.is_grad_enabled():
             return output
-        self._warn_if_unheard()
-        named = isinstance(output, dict)  # a plain one, or transformers' own
-        loss = output.get("loss") if named else getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is None:
             return output
-        loss = loss + _share_of_step(model, options) * self.value()
-        if named:
-            output["loss"] = loss
-        else:
-            output.loss = loss
-        return output
+        return _with_loss(output, loss + _part_of_step(model, options) * self.value())
 
     def _warn_if_unheard(self):
         "Warn, once, of a training that knows nothing of the penalty."
-        group = self.masked[0].group
-        passes = group.gradients // len(group.members)
+        passes = max(group.gradients // len(group.members) for group in self.groups)
         if passes >= _PATIENCE and not self.heard and not self.warned:
             self.warned = True
             warnings.warn(
                 f"In {passes} backward passes the penalty on the scores (l1={self.l1}) had no part "
                 "in the loss: it is added to the loss that the model returns, and another one was "
-                "used, as by a Trainer that computes its own. Add mft.penalty() to that loss, or "
+                "used, as by a Trainer that computes its own, or the model is in evaluation mode. Add mft.penalty() to that loss, or "
                 "give MaskConfig(l1=0).",
                 stacklevel=2,
             )
 
 
-def _share_of_step(model, options):
-    "This batch's share of an optimizer step, as `Trainer` counts it by labels; 1 if it does not."
+def _with_loss(output, loss):
+    "The output with another loss; as it was where it cannot be changed."
+    if isinstance(output, dict):  # a plain one, or transformers' own
+        output["loss"] = loss
+    elif isinstance(output, tuple) and hasattr(output, "_replace"):
+        return output._replace(loss=loss)
+    elif dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, loss=loss)
+    else:
+        try:
+            output.loss = loss
+        except AttributeError:
+            return output  # a loop that uses its loss will be warned
+    return output
+
+
+def _part_of_step(model, options):
+    "This batch's part of an optimizer step, as `Trainer` counts it by labels; 1 if it does not."
     total = options.get("num_items_in_batch")
     labels = options.get("shift_labels", options.get("labels"))
     if total is None or labels is None:

@@ -99,11 +99,14 @@ class Rest:
     ):
         self.model = model
         parameters = dict(model.named_parameters())
-        self._saved = set(model.state_dict()) - set(masked)
+        self._masked = list(masked)
+        self._saved = set(model.state_dict()) - set(self._masked)
         self.trained = {name: parameters[name].detach().clone() for name in trained}
         self.buffers = {n: b.detach().clone() for n, b in model.named_buffers() if _is_kept(model, n)}
-        self._digests = tensor_digests(self.untouched())
-        self._watched = [(n, p) for n, p in parameters.items() if n not in {*masked, *trained}]
+        base = {name: parameters[name].detach() for name in self._masked}
+        self._digests = tensor_digests(self.untouched() | base)
+        known = {*self._masked, *self.trained}
+        self._watched = [(n, p) for n, p in parameters.items() if n not in known]
 
     def untouched(self) -> dict[str, Tensor]:
         "Parameters and saved buffers that the mask does not cover and training does not change."
@@ -130,10 +133,21 @@ class Rest:
         trained = {name: self.model.get_parameter(name).detach() for name in self.trained}
         return trained | self.changed_buffers()
 
-    def changed_by_hand(self) -> list[str]:
+    def changed_by_hand(
+        self,
+        base: Mapping[str, Tensor],  # by name: the weights under the mask as they are now
+    ) -> list[str]:
         "Names of parameters that changed, though nothing was to train them."
-        now = tensor_digests(self.untouched())
+        now = tensor_digests({**base, **self.untouched()})
         return [name for name in now if self._digests.get(name, now[name]) != now[name]]
+
+
+@patch
+def added(self: Rest) -> list[str]:
+    "Names of parameters that came into the model since."
+    known = self._saved | set(self._masked)
+    names = [name for name, _ in self.model.named_parameters() if name not in known]
+    return [name for name in names if ".parametrizations." not in f".{name}"]
 
 
 def _is_kept(model, name):
@@ -175,7 +189,8 @@ def restore(self: Rest) -> None:
     now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
     for name, before in (self.trained | self.buffers).items():
         now[name].data.copy_(before)
-    if changed := self.changed_by_hand():
+    base = {name: now[name].detach() for name in self._masked if name in now}
+    if changed := self.changed_by_hand(base):
         warnings.warn(
             f"{_listed(changed)} changed since the mask was put on, and nothing was to train them, "
             "so they stay as they are. Load the base again if you need it as it was.",

@@ -8,6 +8,7 @@ __all__ = ['SCORES', 'ForwardPass', 'ScoreGroup', 'MaskedWeight', 'attach_scores
 
 # %% ../nbs/07_scores.ipynb #imports-06_scores
 import threading
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +17,15 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .selection import Scope, TopK, Units, find_scope, keep_at, kept_count
-from .sharded import Threshold, find_threshold, is_sharded, local_part, mask_at, same_parts, whole_mask
+from mft_nb.sharded import (
+    Threshold,
+    find_threshold,
+    is_sharded,
+    local_part,
+    mask_at,
+    same_parts,
+    whole_mask,
+)
 from .targets import WeightInfo
 
 # %% ../nbs/07_scores.ipynb #90ba39ac
@@ -87,8 +96,10 @@ class ScoreGroup:
         self.members = []
         self.finder = TopK()
         self.gradients = 0  # backward passes through a mask of this group
+        self.on_gradient = None  # called after each of them
         self._found = (None, None)  # a forward pass, and what was found for it
-        self._pending = None  # a member whose gradient awaits its step, and scores to compare with
+        self._pending = None  # some scores of before a step that is awaited
+        self.accumulated = False  # whether a gradient has come to `.grad` since
         self._lock = threading.RLock()
 
     def __getstate__(self):  # a copy gets a lock of its own
@@ -123,14 +134,29 @@ class ScoreGroup:
     def _find(self, ranked):
         "The masks of all members, or the threshold where some are sharded."
         if self.scope.fixed is not None:
-            return self.scope.select(ranked, 0, [member.info for member in self.members])
+            return self._neighbours(ranked)
         kept = kept_count(sum(one.numel() for one in ranked), self._keep())
         if any(map(is_sharded, ranked)):
             return find_threshold(ranked, kept)
         return self.scope.select(ranked, kept, [m.info for m in self.members], self.finder)
 
+    def _neighbours(self, ranked):
+        "The masks where neighbours compete: rows are whole on each process, so nothing is counted."
+        infos = [member.info for member in self.members]
+        if any(is_sharded(one) and not info.input_dim for one, info in zip(ranked, infos, strict=True)):
+            raise RuntimeError(
+                f"scope is {self.scope.name!r}, which is not supported where FSDP shards a weight "
+                f"along its inputs, as of {infos[0].name}. Choose another scope."
+            )
+        return self.scope.select([local_part(one) for one in ranked], 0, infos)
+
     def _keep(self):
         "The fraction to keep now."
+        if self.schedule and any(is_sharded(member.scores) for member in self.members):
+            raise RuntimeError(
+                "A schedule of keep is not supported with scores that FSDP shards. Give "
+                "MaskConfig(schedule=())."
+            )
         self.count_step()
         steps = int(self.members[0].steps) if self.schedule else 0
         return keep_at(self.schedule, self.keep, steps)
@@ -139,7 +165,9 @@ class ScoreGroup:
         "A gradient came through a mask of this group."
         self.gradients += 1
         if self.schedule and self._pending is None:
-            self._pending = self._sample()
+            self._pending, self.accumulated = self._sample(), False
+        if self.on_gradient:
+            self.on_gradient()
 
     def _sample(self):
         "A few scores of each member, to tell whether a step was done."
@@ -150,7 +178,7 @@ class ScoreGroup:
         if self._pending is None:
             return
         grads = [member.scores.grad for member in self.members]
-        cleared = all(grad is None or not grad.any() for grad in grads)
+        cleared = self.accumulated and all(grad is None or not grad.any() for grad in grads)
         pairs = zip(self._pending, self._sample(), strict=True)
         if cleared or not all(torch.equal(*pair) for pair in pairs):
             self._pending = None
@@ -181,8 +209,10 @@ class MaskedWeight(nn.Module):
         self.scores = nn.Parameter(scores)
         self.group = group
         self.units = units
+        self.in_state = True  # whether a state of the module has the scores
         self.place = len(group.members)
         self._score_shape = scores.shape
+        self._watched = ()  # the scores that tell of a gradient in `.grad`
         group.members.append(self)
         if group.schedule:
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -200,11 +230,26 @@ class MaskedWeight(nn.Module):
                 f"The scores of {self.info.name} are sharded by FullyShardedDataParallel. Call "
                 "this within FSDP.summon_full_params(model), or shard with fully_shard."
             )
+        if torch.jit.is_tracing():
+            raise RuntimeError(_MERGE.format(what="torch.jit.trace"))
         try:
             local_part(scores).data_ptr()
         except RuntimeError:
             raise RuntimeError(_MERGE.format(what="torch.export or torch.func")) from None
         return scores
+
+    def __setstate__(self, state):  # torch copies no hooks of a parameter
+        super().__setstate__(state)
+        self._watched = ()
+
+    def _watch_gradients(self):
+        "Let the scores tell of a gradient that arrives in `.grad`; `torch.autograd.grad` brings none."
+        if not self._watched or self._watched[0] is not self.scores:
+            self._watched = (self.scores,)
+            self.scores.register_post_accumulate_grad_hook(self._note_accumulated)
+
+    def _note_accumulated(self, scores):
+        self.group.accumulated = True
 
     @property
     def mask(self) -> Tensor:  # bool, in the shape of the weight
@@ -217,8 +262,13 @@ class MaskedWeight(nn.Module):
         mask = self.mask.to(weight.device)
         if is_sharded(weight):  # read outside of the forward pass of its layer
             return torch.where(same_parts(mask, weight), weight.detach(), 0)
+        if self.group.schedule and self.scores.requires_grad:
+            self._watch_gradients()
         absolute, units = self.group.absolute, self.units
         return _StraightThrough.apply(weight, self.scores, mask, absolute, units, self.group)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(_MERGE.format(what="torch.jit.script"))
 
     def _apply(self, function, recurse=True):
         before, gradient = self.scores.data, self.scores.grad
@@ -238,6 +288,9 @@ def _write_plain_names(module, state, prefix, metadata):
     "In a state: the masked weight under its plain name, instead of the frozen weight."
     state.pop(f"{prefix}{_ORIGINAL}")
     state[f"{prefix}weight"] = module.weight.detach()
+    if not module.parametrizations.weight[0].in_state:
+        for name in (SCORES, SCORES.replace(".scores", ".steps")):
+            state.pop(f"{prefix}{name}", None)
 
 
 def _read_plain_names(module, state, prefix, metadata, strict, missing, unexpected, errors):

@@ -106,6 +106,7 @@ class MaskSwitch:
         self._zeroed = {}  # (weight name, piece) -> (places, their values), as in force
         self._versions = {}  # weight name -> torch's count of changes, as in force
         self._active = None
+        self._last = None  # the mask of a switch that did not end well, for a message
         self._held = {}  # weight name -> the weight, as long as parts of it are zeroed
         self._forget_callers()
         self._check_model()
@@ -162,7 +163,8 @@ class MaskSwitch:
     @property
     def how_to_undo(self) -> str:
         "For a message: what gives the base back."
-        return f"The mask {self._active!r} is a MaskSwitch's; call MaskSwitch.of(model).use(None)"
+        name = self._active or self._last
+        return f"The mask {name!r} is a MaskSwitch's; call MaskSwitch.of(model).use(None)"
 
     def __repr__(self):
         masks = ", ".join(self._zeros) or "none"
@@ -342,7 +344,7 @@ def _switch_to(self: MaskSwitch, name):
     hold(fresh.values(), self)
     self._held |= fresh
     self._guard.mask_holder = self  # the model keeps us
-    self._active = None  # until all pieces are done
+    self._last, self._active = name or self._active, None  # until all pieces are done
     try:
         self._switch_all(keys, weights, after)
         self._active = name
@@ -350,6 +352,7 @@ def _switch_to(self: MaskSwitch, name):
         self._back_to_base(weights)
         raise
     finally:
+        torch.clear_autocast_cache()  # it holds copies of the weights of before
         self._let_go()
     counted = {weight: weights[weight] for weight, _ in after}
     self._versions = {n: one._version for n, one in counted.items() if not one.is_inference()}

@@ -240,8 +240,10 @@ def _refusal(module):
         )
     if weight is not None and is_lazy(weight):
         return "has no shape yet. Run the model once"
+    if hasattr(weight, "device_mesh"):
+        return "is sharded. Put the mask on the whole model first, and shard it then"
     if packed or hasattr(weight, "__tensor_flatten__"):
-        return f"is quantized or sharded ({type(module).__name__}). Load it as it was before"
+        return f"is quantized ({type(module).__name__}). Load it as it was before"
     if not weight.is_floating_point() or weight.itemsize == 1:
         kind = str(weight.dtype).removeprefix("torch.")
         return f"is quantized, stored as {kind}. Load it as it was before"

@@ -172,6 +172,12 @@ def check_two_classes(
             "num_labels 2, or train it in a loop of your own: after MFT(model, config), "
             "mft.trainable is what an optimizer gets."
         )
+    problem = getattr(model.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type of {type(model).__name__} is {problem!r}, and the labels are classes. "
+            "Allowed are None and 'single_label_classification': set model.config.problem_type."
+        )
 
 
 @contextmanager
