@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .files import need_extra
 from .selection import count_kept, find_scope, kept_count
+from .sharded import is_sharded
 from .targets import WeightInfo, layer_names
 
 # %% ../nbs/05_bitmask.ipynb #ce79d94a
@@ -402,6 +403,11 @@ def check_writable(
 ) -> None:
     "Refuse, with a ValueError, weights that cannot be changed in place."
     for name, weight in weights.items():
+        if is_sharded(weight):
+            raise ValueError(
+                f"The weight {name!r} is sharded by FSDP. Put the mask on the whole model first, "
+                "and shard it then."
+            )
         if weight.is_meta:
             raise ValueError(
                 f"The weight {name!r} is on the device meta: it has no values, or they were "
@@ -433,7 +439,7 @@ class AppliedMask:
         check_same_shapes(mask, weights)
         self.weights = {name: weights[name] for name in mask}
         check_writable(self.weights)
-        self.mask = mask
+        self.mask = BitMask({name: one.clone() for name, one in mask.items()})
         self.thread = threading.get_ident()
         self._values = {}  # by name: what was set to zero, in row-major order
         for name, zero in self._zeros():

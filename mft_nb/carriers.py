@@ -70,7 +70,7 @@ def choose_weights(
         model, config.layers, targets, config.exclude_modules
     )
     if not targets and not scope.only:
-        warn_unreached(model, weights)
+        warn_unreached(model, weights, config.layers, config.exclude_modules)
     return list(weights)
 
 

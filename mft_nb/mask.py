@@ -26,8 +26,9 @@ from .files import whole, write_whole
 from .freeze import Frozen
 from .mask_file import check_base, load_mask, save_mask
 from .penalty import Penalty
-from .rest import Rest, digests_by_part, trained_parameters
+from .rest import Rest, digests_by_part, load_modules, trained_parameters
 from mft_nb.scores import (
+    MERGE_FIRST,
     ForwardPass,
     MaskedWeight,
     ScoreGroup,
@@ -103,7 +104,11 @@ class MFT:
         return self.scores + [self.model.get_parameter(name) for name in self._rest.trained]
 
     def __repr__(self):
-        return f"MFT({type(self.model).__name__}, {self.bitmask()})"
+        try:
+            mask = str(self.bitmask())
+        except (RuntimeError, ValueError) as error:
+            mask = f"no mask: {error}"
+        return f"MFT({type(self.model).__name__}, {mask})"
 
 # %% ../nbs/12_mask.ipynb #make-scores
 @patch
@@ -176,7 +181,8 @@ def _remove(self: MFT, leave):
         if parametrize.is_parametrized(module, "weight"):  # not so if a fault came before it
             detach_scores(module, leave)
             for own in self._order[name]:  # torch puts the weight last; the model had its own order
-                module._parameters[own] = module._parameters.pop(own)
+                if own in module._parameters:  # not so where somebody parametrized it since
+                    module._parameters[own] = module._parameters.pop(own)
     if self._fixed:
         (self._fixed.keep if leave else self._fixed.undo)()
     if self._frozen:
@@ -185,7 +191,7 @@ def _remove(self: MFT, leave):
 
 # %% ../nbs/12_mask.ipynb #in-force
 @patch
-@torch.compiler.disable
+@torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
 def _before_forward(self: MFT, model, inputs):
     "A forward pass of the whole model begins."
     self._forward_pass.enter()
@@ -195,7 +201,7 @@ def _before_forward(self: MFT, model, inputs):
 
 
 @patch
-@torch.compiler.disable
+@torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
 def _after_forward(self: MFT, model, inputs, output):
     "It ends, perhaps with an error."
     self._forward_pass.leave()
@@ -324,6 +330,7 @@ def save_model(
             f"{type(self.model).__name__} has no save_pretrained. Save its state: "
             "torch.save(mft.plain_state_dict(), path)."
         )
+    self._check_whole()
     with self._without_scores():
         self.model.save_pretrained(folder, **options)
 
@@ -388,10 +395,17 @@ def _check_removable(self: MFT):
     "Refuse to take off what is not there as it was put on."
     self._check_on()
     self._check_in_place()
+    self._check_whole()
+
+
+@patch
+def _check_whole(self: MFT):
+    "Refuse a model whose weights are shared out among processes."
     if any(is_sharded(module.parametrizations.weight.original) for module in self._modules.values()):
         raise RuntimeError(
-            "The model is sharded by FSDP, so the mask cannot be taken off or merged here. Save it "
-            "with save_pretrained(folder) on all ranks, and load it on the plain model."
+            "The model is sharded by FSDP, so the mask cannot be taken off, merged or saved with "
+            "the model here. Save it with save_pretrained(folder) on all ranks, and load it on the "
+            "plain model."
         )
 
 
@@ -407,9 +421,19 @@ def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain ag
 
 
 @patch
+def _check_names(self: MFT):
+    "Refuse to call a model the base where a finished mask's weight is part of something else."
+    now = dict(self.model.named_parameters(remove_duplicate=False)) if self._fixed else {}
+    for name, weight in self._fixed.weights.items() if self._fixed else ():
+        if now.get(name) is not weight:
+            self._refuse_replaced(name.rpartition(".")[0], "its weight has another name")
+
+
+@patch
 def unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Take the mask off: the base model, bit for bit."
     self._check_removable()
+    self._check_names()
     self._rest.check_restorable()
     self._remove(leave=False)
     self._rest.restore()
@@ -456,7 +480,7 @@ def save_pretrained(
     if Path(folder).is_file():
         raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
     self._warn_of_mask()
-    self._warn_of_changes()
+    self._rest.warn_of_changes(self.base_weights())
     base, settings = weights_sha256(self.base_weights()), self.config.to_dict()
     tensors = {n: whole_tensor(t).contiguous() for n, t in self._rest.to_save().items()}
     modules = save(tensors) if tensors else None
@@ -471,19 +495,6 @@ def save_pretrained(
         if modules:
             write_whole(Path(folder) / MODULES_FILE, modules)
     return path
-
-
-@patch
-def _warn_of_changes(self: MFT):
-    "Warn of parameters that changed by hand and are in no file."
-    if changed := self._rest.changed_by_hand(self.base_weights()) + self._rest.added():
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        warnings.warn(
-            f"{', '.join(changed[:3])}{more} changed or were added since the mask was put on, and the mask file "
-            "does not hold them. Name modules that are not masked in modules_to_save, or save the "
-            "model as it is.",
-            stacklevel=3,
-        )
 
 # %% ../nbs/12_mask.ipynb #69a703be
 @patch(cls_method=True)
@@ -504,7 +515,7 @@ def from_pretrained(
     saved = load_mask(path)
     digest = saved.config.pop("modules_sha256", None)
     config, training = split_settings(saved.config)
-    modules = _load_modules(path.with_name(MODULES_FILE), digest) if digest else {}
+    modules = load_modules(path.with_name(MODULES_FILE), digest) if digest else {}
     parameters = dict(model.named_parameters())
     check_weights(model, list(saved.mask), saved.mask)
     check_base({name: parameters[name] for name in saved.mask}, saved.base_sha256, path)
@@ -515,25 +526,8 @@ def from_pretrained(
         mft.unload()
         raise
     mft.trained_with = saved.training or training
-    mft._warn_of_other_rest(saved.rest, modules)
+    mft._rest.warn_of_difference(saved.rest, modules)
     return mft
-
-
-def _load_modules(path, digest):
-    "What was trained with a mask; an error where the file is not the mask's."
-    from safetensors.torch import load
-
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No file {path}, which this mask needs: modules were trained with it. Copy it from "
-            "where the mask was saved."
-        )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(
-            f"{path} does not belong to the mask with it, or it is damaged. Copy both files again."
-        )
-    return load(content)
 
 # %% ../nbs/12_mask.ipynb #take-modules
 @patch
@@ -552,21 +546,3 @@ def _take_modules(self: MFT, modules):
         if name not in self._rest.buffers:
             self._rest.trained.setdefault(name, own[name].detach().clone())
         own[name].data.copy_(tensor)
-
-
-@patch
-def _warn_of_other_rest(self: MFT, rest, modules):
-    "Warn, once, of parts of the model that are not those of the training."
-    own = {n: t for n, t in self._rest.untouched().items() if n not in modules}
-    now = digests_by_part(own)
-    other = [part for part in {**rest, **now} if rest.get(part) != now.get(part)] if rest else []
-    if other:
-        names = ", ".join(part or "the model itself" for part in other[:3])
-        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        warnings.warn(
-            f"The model differs from that of the training in what the mask does not cover: {names}"
-            f"{more}. A head that each load draws anew is one cause; the mask was trained with "
-            "other weights there, so what was measured with it does not hold. Load the very "
-            "checkpoint, or train the part with the mask (modules_to_save).",
-            stacklevel=3,
-        )

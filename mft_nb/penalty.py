@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scores import MaskedWeight
+from .scores import MERGE_FIRST, MaskedWeight
 from .sharded import is_sharded
 
 # %% ../nbs/08_penalty.ipynb #penalty-code
@@ -58,7 +58,7 @@ class Penalty:
     def _hear(self, gradient):
         self.heard += 1
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def __call__(self, model: nn.Module, inputs: tuple, options: dict, output: Any) -> Any:
         "After a forward pass of the model."
         if not model.training or not torch.is_grad_enabled():

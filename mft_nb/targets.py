@@ -365,11 +365,17 @@ def _because(model, pattern, linear, tied, exclude_modules):
 def unreached_weights(
     model: nn.Module,  # any module with linear layers
     chosen: Iterable[str],  # names of the weights to mask, as `maskable_weights` gives them
+    layers: str | Iterable[int] | None = None,  # chosen layers; None: those of the chosen weights
+    exclude_modules: Iterable[str] = (),  # patterns of what is left whole on purpose
 ) -> dict[str, int]:  # by name: how many weights; matrices and larger, embeddings left out
     "Weights in the same layers as the chosen ones that are left whole, because no mask reaches them."
     chosen = set(chosen)
     places = _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE)
-    inside = tuple(f"{places[name].layer}." for name in chosen if name in places)
+    inside = {places[name].layer for name in chosen if name in places}
+    if layers is not None:
+        inside |= set(_chosen_layers(places, layers))
+    inside = tuple(f"{layer}." for layer in inside)
+    own = [pattern for pattern in exclude_modules if pattern not in DEFAULT_EXCLUDE]
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return {
         name: parameter.numel()
@@ -378,6 +384,7 @@ def unreached_weights(
         and name not in chosen
         and parameter.dim() > 1
         and name.rpartition(".")[0] not in tables
+        and not any(_found(pattern, name) for pattern in own)
     }
 
 
@@ -387,16 +394,18 @@ _SMALL = 0.01  # of the weights in the layers: so few are not worth a warning
 def warn_unreached(
     model: nn.Module,  # any module with linear layers
     chosen: Mapping[str, Tensor],  # the weights to mask, by name
+    layers: str | Iterable[int] | None = None,  # chosen layers; None: those of the chosen weights
+    exclude_modules: Iterable[str] = (),  # patterns of what is left whole on purpose
 ) -> None:
     "Warn, with a UserWarning, where a part of the chosen layers is left whole."
-    left = unreached_weights(model, chosen)
+    left = unreached_weights(model, chosen, layers, exclude_modules)
     count, total = sum(left.values()), sum(weight.numel() for weight in chosen.values())
     if count > _SMALL * (count + total):
         warnings.warn(
             f"{count:,} of the {count + total:,} weights in the chosen layers are left whole, "
             f"because no mask reaches them: {_short(left, 3)}. They are no weights of a linear "
             "module, or two places share them; `keep` holds for the others.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 # %% ../nbs/01_targets.ipynb #matrix-code

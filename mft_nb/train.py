@@ -217,7 +217,8 @@ def predict(
     check_fits(model, tokens)
     order = np.argsort(tokens["length"], kind="stable")[::-1]
     collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
-    with _same_random_state(), skipping, tempfile.TemporaryDirectory() as folder:
+    unchanged = _same_config(model)  # the constructor of a Trainer writes into it
+    with _same_random_state(), unchanged, skipping, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=_arguments(folder, model.device, batch_size),

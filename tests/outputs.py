@@ -2,11 +2,14 @@
 
 import base64
 import io
+import multiprocessing
+import os
 import re
 from pathlib import Path
 
 import nbformat
 import numpy as np
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -15,6 +18,50 @@ NOTEBOOKS = [
     p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
 ]
 
+# Kernels are forked from one process that has imported what takes seconds to import. It has run
+# nothing else, so each notebook starts with fresh modules and a fresh random state.
+IMPORTED = ("ipykernel.kernelapp", "mft_nb.study.runner", "matplotlib.pyplot", "seaborn", "peft")
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(list(IMPORTED))
+
+
+def serve(connection_file, folder):
+    """Be the kernel of one notebook."""
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.chdir(folder)
+    ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
+    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with])
+
+
+class ForkedKernel(AsyncKernelManager):
+    """Manages a kernel that is a fork of the process with the imports."""
+
+    process = None
+
+    async def start_kernel(self, cwd=None, **_):
+        """Fork a kernel that works in a folder."""
+        self.write_connection_file()
+        # read when the process with the imports starts: how notebooks draw
+        os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+        self.process = FORKS.Process(target=serve, args=(self.connection_file, str(cwd)))
+        self.process.start()
+
+    async def is_alive(self):
+        """Whether the kernel runs."""
+        return self.process is not None and self.process.is_alive()
+
+    _async_is_alive = is_alive  # by which its clients ask
+
+    async def shutdown_kernel(self, **_):
+        """End it."""
+        self.process.kill()
+        self.process.join()
+        self.cleanup_connection_file()
+
+    async def cleanup_resources(self, **_):
+        """Nothing else is held."""
+
 
 def run(path):
     """The notebook after a fresh run from top to bottom."""
@@ -22,8 +69,11 @@ def run(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    place = {"metadata": {"path": str(path.parent)}}
-    return NotebookClient(notebook, timeout=600, resources=place, coalesce_streams=True).execute()
+    folder = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(
+        notebook, km=ForkedKernel(transport="ipc"), timeout=600, resources=folder, coalesce_streams=True
+    )
+    return client.execute()
 
 
 def texts(output, digits=True):

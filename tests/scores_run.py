@@ -1,4 +1,4 @@
-"""A training that can be killed; `python -m tests.scores_run FOLDER slow|resume|whole`."""
+"""A training that can be killed; `python -m tests.scores_run FOLDER slow|resume`."""
 
 import sys
 import time
@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mft_nb.mask import MFT
-from tests.test_engine import CONFIG, tiny_bert, trainer_for
+from mft_nb.trainer import MaskTrainer
+from tests.models import CONFIG, tiny_bert, trainer_for
 
 
 class Slow(TrainerCallback):
@@ -21,13 +22,14 @@ class Slow(TrainerCallback):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place, how = Path(sys.argv[1]), sys.argv[2]
+    place, slow = Path(sys.argv[1]), sys.argv[2] == "slow"
     mft = MFT(tiny_bert(dropout=0.1), CONFIG)
-    folder = place / ("whole" if how == "whole" else "run")
-    trainer = trainer_for(mft.model, folder, save_strategy="steps", save_steps=4)
-    if how == "slow":
+    folder = place / "run"
+    options = {"save_strategy": "steps", "save_steps": 4}
+    trainer = trainer_for(mft.model, folder, MaskTrainer, **options)
+    if slow:
         trainer.add_callback(Slow())
-    last = get_last_checkpoint(folder) if how == "resume" else None
-    assert (how == "resume") == (last is not None)
+    last = None if slow else get_last_checkpoint(folder)
+    assert slow or last
     trainer.train(resume_from_checkpoint=last)
-    torch.save([score.detach() for score in mft.scores], place / f"{how}.pt")
+    torch.save([score.detach() for score in mft.scores], place / "scores.pt")

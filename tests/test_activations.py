@@ -25,11 +25,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from mft_nb.activations import keep_activations, kept_files, lowest_layer, remove_activations
-from mft_nb.data import load_snippets
-from mft_nb.mask import MFT, MaskConfig
-from mft_nb.model import dropout_rates, load_classifier, maskable_weights
-from mft_nb.train import predict, train
+from mft_nb.activations import keep_activations, kept_files, remove_activations
+from mft_nb.config import MaskConfig
+from mft_nb.freeze import dropout_rates
+from mft_nb.mask import MFT
+from mft_nb.model import load_classifier
+from mft_nb.study.datasets import load_snippets
+from mft_nb.survey import lowest_layer
+from mft_nb.targets import maskable_weights
+from mft_nb.train import TrainConfig, fit, predict, train
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
 SMALL |= {"intermediate_size": 32, "vocab_size": 30600, "pad_token_id": 0}
@@ -68,7 +72,7 @@ def family(name):
 
 def masked(model):
     """The MFT of a model, and its first masked layer."""
-    mft = MFT(model, MaskConfig(start="normal", learning_rate=1e-2, batch_size=8))
+    mft = MFT(model, MaskConfig(init="normal"))
     return mft, lowest_layer(mft.base_weights())
 
 
@@ -112,23 +116,24 @@ def test_same_logits_and_gradients_on_every_family(name, minilm, rows, tmp_path)
     assert traces(model) == before
 
 
-def fit(model, tokenizer, rows, kept_in=None, **options):
+def fit_steps(model, tokenizer, rows, kept_in=None, max_steps=6, **options):
     """Some steps of MFT, with kept activations where a folder for them is given."""
+    config = TrainConfig(learning_rate=1e-2, batch_size=8, max_steps=max_steps, max_grad_norm=0.0)
     mft, first = masked(model)
     kept = None
     if kept_in:
         look = options.get("validation")
         sources = [rows] if look is None else [rows, look]
         kept = keep_activations(model, tokenizer, sources, first, folder=kept_in, progress=False)
-    history = mft.fit(tokenizer, rows, activations=kept, progress=False, **options)
+    history = fit(mft, tokenizer, rows, config, activations=kept, progress=False, **options)
     return mft, history
 
 
 def test_training_minilm_learns_the_same_mask(rows, tmp_path):
     untrained, _ = masked(load_classifier("minilm")[0])
     start = untrained.bitmask()
-    usual, usual_history = fit(*load_classifier("minilm"), rows, max_steps=6)
-    skipped, history = fit(*load_classifier("minilm"), rows, tmp_path, max_steps=6)
+    usual, usual_history = fit_steps(*load_classifier("minilm"), rows, max_steps=6)
+    skipped, history = fit_steps(*load_classifier("minilm"), rows, tmp_path, max_steps=6)
     moved = sum((start[n] ^ usual.bitmask()[n]).sum().item() for n in start)
     apart = sum((skipped.bitmask()[n] ^ usual.bitmask()[n]).sum().item() for n in start)
     assert moved > 10_000
@@ -150,14 +155,14 @@ class Crash(TrainerCallback):
 def test_a_training_with_kept_activations_resumes(minilm, rows, tmp_path):
     look = load_snippets()["validation"].select(range(16))
     options = {"validation": look, "eval_every": 6, "max_steps": 12}
-    whole, history = fit(family("gpt2"), minilm[1], rows, tmp_path, **options)
+    whole, history = fit_steps(family("gpt2"), minilm[1], rows, tmp_path, **options)
     folder = tmp_path / "unfinished"
     options |= {"folder": folder, "save_every": 3}
     with pytest.raises(KeyboardInterrupt):
-        fit(family("gpt2"), minilm[1], rows, tmp_path, callbacks=(Crash(),), **options)
+        fit_steps(family("gpt2"), minilm[1], rows, tmp_path, callbacks=(Crash(),), **options)
     with pytest.raises(ValueError, match="holds an unfinished run with other activations"):
-        fit(family("gpt2"), minilm[1], rows, None, **options)
-    resumed, resumed_history = fit(family("gpt2"), minilm[1], rows, tmp_path, **options)
+        fit_steps(family("gpt2"), minilm[1], rows, None, **options)
+    resumed, resumed_history = fit_steps(family("gpt2"), minilm[1], rows, tmp_path, **options)
     assert resumed.bitmask() == whole.bitmask()
     assert resumed_history == history
 
@@ -178,7 +183,7 @@ def keep(setting, **more):
     )
 
 
-def test_a_file_is_reused_whatever_the_order_and_made_anew_when_cut(gpt2):
+def test_a_file_is_reused_whatever_the_order_and_made_anew_when_damaged(gpt2):
     kept = keep(gpt2)
     number = kept.path.stat().st_ino  # another one if the file were written anew
     gpt2.rows = gpt2.rows.select(range(len(gpt2.rows))[::-1])
@@ -268,8 +273,7 @@ def test_what_would_be_lost_is_refused(gpt2, minilm, tmp_path):
 def test_rows_that_are_not_kept_are_refused_before_training(gpt2):
     mft_rows = load_snippets()["test"].select(range(8))
     kept = keep(gpt2)
-    config = MaskConfig.recommended()
-    settings = MFT(family("gpt2"), config).train_config(max_steps=1)
+    settings = TrainConfig.recipe("recommended")
     with pytest.raises(ValueError, match="activations does not hold all training rows"):
         train(gpt2.model, gpt2.tokenizer, mft_rows, settings, activations=kept, progress=False)
 
@@ -367,14 +371,14 @@ def test_a_limit_evicts_what_was_used_longest_ago_but_not_what_is_in_use(gpt2):
 
 def masked_below(model, **settings):
     """A mask on the lowest layer of a model, with scores of its own."""
-    return MFT(model, MaskConfig(layers=[0], start="normal", **settings))
+    return MFT(model, MaskConfig(layers=[0], init="normal", **settings))
 
 
 def test_activations_under_a_loaded_mask_are_not_those_under_another(gpt2, tmp_path):
     gpt2.first, models, kept = "transformer.h.2", [], []
     for seed in (0, 1):
         folder = tmp_path / f"mask{seed}"
-        masked_below(family("gpt2"), keep=0.5, start_seed=seed).save_pretrained(folder)
+        masked_below(family("gpt2"), keep=0.5, init_seed=seed).save_pretrained(folder)
         gpt2.model = MFT.from_pretrained(family("gpt2"), folder).model
         models.append(gpt2.model)
         kept.append(keep(gpt2))

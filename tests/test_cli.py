@@ -1,54 +1,38 @@
-"""The commands as a user types them: help, results, and one clear sentence for bad input."""
+"""mft_fit and mft_apply as a user types them: help, results, one clear sentence for bad input."""
 
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
+import json
+import warnings
 
 import pytest
+from fastcore.script import anno_parser
+from huggingface_hub import constants
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from mft_nb import cli
-from mft_nb.bitmask import load_mask
-from mft_nb.data import load_snippets
 from mft_nb.mask import MFT
+from mft_nb.mask_file import load_mask
 from mft_nb.model import load_classifier
+from mft_nb.study.datasets import load_snippets
+from tests.commands import call, check_help, check_refusal, filled
+from tests.commands import call_here as call_command
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-COMMANDS = ("mft_reproduce", "mft_figures", "mft_results", "mft_fit", "mft_apply")
+COMMANDS = ("mft_fit", "mft_apply")
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 
 
 def call_here(command, capsys, **options):
-    """Run a command in this process; its exit status and stderr."""
-    try:
-        getattr(cli, command)(**options)
-    except SystemExit as end:
-        return end.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
-
-
-def call(command, *arguments, cwd=None, **environment):
-    """Run a command; its exit status, stdout and stderr."""
-    offline = {"HF_HUB_OFFLINE": "1", "MFT_SST2_DIR": ""} | environment
-    done = subprocess.run(
-        [BIN / command, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | offline,
-    )
-    return done.returncode, done.stdout, done.stderr
+    """Call one of the two commands in this process; its exit status and stderr."""
+    return call_command(getattr(cli, command), capsys, **options)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A model folder, a table of sentences, and tables with one fault each."""
     folder = tmp_path_factory.mktemp("files")
-    model, tokenizer = load_classifier("minilm")  # saved with its head, like a fine-tuned one
-    model.save_pretrained(folder / "model")
+    tokenizer = load_classifier("minilm")[1]
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=6, **SIZES))
+    model.save_pretrained(folder / "model")  # with its head, like a fine-tuned one
     tokenizer.save_pretrained(folder / "model")
     load_snippets()["train"].select(range(64)).to_csv(folder / "rows.csv", index=False)
     (folder / "empty.csv").write_text("")
@@ -57,8 +41,7 @@ def files(tmp_path_factory):
     (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
     (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (folder / "commas.csv").write_text("sentence,label\ngood, really,1\nbad, bad,0\n")
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    three = BertConfig(num_hidden_layers=3, num_labels=3, **sizes)
+    three = BertConfig(num_hidden_layers=3, num_labels=3, **SIZES)
     for name in ("three", "mute"):
         BertForSequenceClassification(three).save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "three")
@@ -72,47 +55,8 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command):
-    status, said, _ = call(command, "--help")
-    assert status == 0
-    assert "usage: " + command in said
-    for name, parameter in inspect.signature(getattr(cli, command)).parameters.items():
-        shown = name if parameter.default is parameter.empty else f"--{name}"
-        assert shown in said
-
-
-BAD_EXPERIMENTS = [
-    ({"profile": "imdb"}, "profile is 'imdb'; known are embedded, sst2, base, bert"),
-    ({"seeds": "x"}, "seeds is 'x'"),
-    ({"jobs": -2}, "jobs is -2"),
-    ({"studies": "magic"}, "studies holds 'magic'; known are sweep, table, controls"),
-    ({"shard": "2"}, "shard is '2'; allowed is i/n"),
-    ({"shard": "1/2"}, "at most the number of seeds, 1"),
-    ({"engine": "slurm"}, "engine is 'slurm'; allowed are processes, ray"),
-    ({"profile": "sst2", "data": "no/folder"}, "No folder no/folder"),
-    ({"profile": "sst2", "data": "{files}/half"}, "No file"),
-    ({"data": "{files}"}, "brings its own"),
-]
-
-
-def filled(options, files):
-    """Options with the folder of the test's files put in."""
-    return {k: v.format(files=files) if isinstance(v, str) else v for k, v in options.items()}
-
-
-@pytest.mark.parametrize("options, expected", BAD_EXPERIMENTS, ids=str)
-def test_reproduce_refuses(options, expected, files, tmp_path, capsys):
-    out = str(tmp_path / "out")
-    status, said = call_here("mft_reproduce", capsys, **filled(options, files), out=out)
-    check_refusal(status, said, expected)
-    assert not (tmp_path / "out").exists()
-
-
-def test_reproduce_without_data_or_hub(tmp_path):
-    empty = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf" / "d")}
-    options = ["--profile", "sst2", "--out", tmp_path / "out"]
-    status, _, said = call("mft_reproduce", *options, **empty)
-    check_refusal(status, said, "could not be loaded from the Hugging Face hub")
-    assert not (tmp_path / "out").exists()
+    function = getattr(cli, command)
+    check_help(function, anno_parser(function, prog=command).format_help())
 
 
 BAD_FITS = [
@@ -122,6 +66,7 @@ BAD_FITS = [
     ({"data": "{files}/column.csv"}, "no column 'sentence'; its columns are ['text', 'label']"),
     ({"data": "{files}/labels.csv"}, "row 1 has label 'yes'; allowed are 0 (negative) and 1"),
     ({"data": "{files}/few.csv"}, "give at least 10"),
+    ({"validation": "{files}/none.csv"}, "No file"),
     ({"model": "./no/model"}, "No folder ./no/model"),
     ({"model": "{files}/damaged"}, "No model could be loaded"),
     ({"model": "minilm"}, "minilm has no two-class classifier head"),
@@ -134,12 +79,16 @@ BAD_FITS = [
     ({"layers": "6"}, "layers holds 6, but the model's layers are 0 to 5"),
     ({"layers": "last"}, "layers is 'last'"),
     ({"target_modules": "qkv"}, "'qkv', which matches no maskable weight"),
-    ({"recipe": "best"}, "recipe is 'best'; known are seed, paper, recommended"),
-    ({"epochs": 0.0}, "epochs is 0.0; allowed is above 0"),
+    ({"recipe": "best"}, "recipe is 'best'; allowed are bert_mft, paper, recommended"),
+    ({"recipe": "seed"}, "recipe is 'seed'; allowed are bert_mft, paper, recommended"),
+    ({"epochs": 0.0}, "epochs is 0.0; allowed is a number, above 0"),
+    ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed is a number, above 0"),
     ({"scope": "row"}, "scope is 'row'; allowed are 'tensor', 'layer', 'global'"),
     ({"scope": "2:4"}, "keeps 0.5 of the weights, but keep is 0.9"),
-    ({"batch_size": 0}, "batch_size is 0; allowed is 1 or more"),
-    ({"recipe": "seed", "keep_activations": True}, "but dropout is True"),
+    ({"batch_size": 0}, "batch_size is 0; allowed is a whole number, 1 or more"),
+    ({"max_length": 2}, "max_length is 2; allowed is a whole number, 3 or more"),
+    ({"seed": -1}, "seed is -1; allowed is a whole number, 0 or more"),
+    ({"recipe": "bert_mft", "keep_activations": True}, "but dropout is True"),
     ({"layers": "0-1", "keep_activations": True}, "there is nothing below it to keep"),
     ({"model": "no/such/folder"}, "No folder no/such/folder, and it has not the shape of a hub id"),
     ({"model": "my model"}, "No folder my model, and it has not the shape of a hub id"),
@@ -149,14 +98,16 @@ BAD_FITS = [
 @pytest.mark.parametrize("change, expected", BAD_FITS, ids=str)
 def test_fit_refuses(change, expected, files, tmp_path, capsys):
     options = {"model": "{files}/model", "data": "{files}/rows.csv", "out": str(tmp_path / "out")}
+    options |= {"quiet": True}
     status, said = call_here("mft_fit", capsys, **filled(options | change, files))
     check_refusal(status, said, expected)
     assert not (tmp_path / "out").exists()
 
 
-def test_fit_without_hub(files, tmp_path):
-    arguments = ["nobody/no-such-model", files / "rows.csv", tmp_path / "out", "--keep", "0.8"]
-    status, _, said = call("mft_fit", *arguments)
+def test_fit_without_hub(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    options = {"model": "nobody/no-such-model", "data": str(files / "rows.csv"), "keep": 0.8}
+    status, said = call_here("mft_fit", capsys, out=str(tmp_path / "out"), **options)
     check_refusal(status, said, "No model could be loaded from 'nobody/no-such-model'")
     assert "nobody/no-such-model is no folder here" in said and "asking the hub" in said
     assert not (tmp_path / "out").exists()
@@ -170,6 +121,21 @@ def test_a_name_that_no_hub_has_is_refused_before_the_loader(files, tmp_path, ca
         check_refusal(status, said, f"No folder {name}, and it has not the shape of a hub id")
         status, said = call_here("mft_apply", capsys, model=name, mask="any", out="x")
         check_refusal(status, said, f"No folder {name}, and it has not the shape of a hub id")
+
+
+def test_stopping_and_a_traceback_on_demand(capsys, monkeypatch):
+    def fail(error):
+        raise error
+
+    command = cli.plain_errors(functools.wraps(cli.mft_fit)(fail))
+    for error in (ValueError("a\nb"), OSError("a\nb"), ImportError("a\nb"), RuntimeError("a\nb")):
+        assert call_command(command, capsys, error=error) == (2, "mft_fit: error: a b\n")
+        with monkeypatch.context() as patch:
+            patch.setenv("MFT_TRACEBACK", "1")
+            with pytest.raises(type(error)):
+                command(error=error)
+    status, said = call_command(command, capsys, error=KeyboardInterrupt())
+    assert status == 130 and "Give the same command again to go on." in said
 
 
 def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):
@@ -187,24 +153,19 @@ def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):
     kept = {"README.md", "mask.safetensors", "notes.txt"}
     assert {path.name for path in out.iterdir()} == kept
     assert (out / "mask.safetensors").read_bytes() == b"weeks of work"
-    options |= {"overwrite": True, "quiet": True, "epochs": 0.1, "layers": "2"}
-    options |= {"batch_size": 8, "scope": "neuron", "keep_activations": True}
+    options |= {"overwrite": True, "quiet": True, "epochs": 0.1, "layers": "2", "max_length": 64}
+    options |= {"batch_size": 8, "scope": "neuron", "keep_activations": True, "seed": 3}
     status, said = call_here("mft_fit", capsys, **options)
     assert status == 0 and "README.md is of an earlier mask" in said
     assert len([*(tmp_path / "cache" / "activations").glob("*.bin")]) == 1
     assert (out / "notes.txt").read_text() == "mine"
     saved = load_mask(out / "mask.safetensors")
-    assert saved.config["batch_size"] == 8 and saved.config["scope"] == "neuron"
+    assert saved.config["scope"] == "neuron" and saved.config["init_seed"] == 3
+    asked = {"batch_size": 8, "epochs": 0.1, "max_length": 64, "seed": 3, "learning_rate": 1e-3}
+    assert saved.training.items() >= asked.items()
+    assert not set(asked) & set(saved.config)
     assert all(set(saved.mask.density_by_neuron(name).tolist()) <= {0, 1} for name in saved.mask)
-
-
-def check_refusal(status, said, expected):
-    """Exit status 2, no traceback, one line, the expected words."""
-    assert status == 2, said
-    assert "Traceback" not in said
-    last = said.strip().splitlines()[-1]
-    assert ": error: " in last
-    assert expected in last
+    assert json.loads((out / "history.json").read_text())["steps"] == 1
 
 
 def test_apply_refuses(files, tmp_path, capsys):
@@ -214,11 +175,18 @@ def test_apply_refuses(files, tmp_path, capsys):
         status, said = call_here("mft_apply", capsys, mask=str(mask), **options)
         check_refusal(status, said, expected)
     assert not (tmp_path / "out").exists()
+    for change, expected in (
+        ({"out": None}, "Neither out nor data is given"),
+        ({"out": str(tmp_path / "mask.safetensors")}, "which is a file. Name a folder."),
+        ({"out": str(tmp_path)}, "which exists and is not empty"),
+    ):
+        status, said = call_here("mft_apply", capsys, mask=str(tmp_path), **options | change)
+        check_refusal(status, said, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.safetensors"]
 
 
 def test_apply_leaves_what_was_put_in_its_folder_meanwhile(files, tmp_path, capsys, monkeypatch):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    model, out = BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes)), None
+    model, out = BertForSequenceClassification(BertConfig(num_hidden_layers=3, **SIZES)), None
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(files / "model").save_pretrained(tmp_path / "model")
     MFT(model).save_pretrained(tmp_path / "mask")
@@ -241,25 +209,7 @@ def test_apply_leaves_what_was_put_in_its_folder_meanwhile(files, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "mask", "model"]
 
 
-def test_a_damaged_download_is_refused(tmp_path):
-    (tmp_path / "vaderSentiment==3.3.2.sdist").write_bytes(b"half of it")
-    status, _, said = call("mft_reproduce", "--out", tmp_path / "out", MFT_CACHE=str(tmp_path))
-    check_refusal(status, said, "is damaged or not the file that was published")
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_registry_in_reach_is_one_sentence(tmp_path):
-    offline = {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path),
-        "MFT_CACHE": str(tmp_path / "c"),
-    }
-    status, _, said = call("mft_reproduce", "--out", tmp_path / "out", **offline)
-    check_refusal(status, said, "Could not fetch vaderSentiment==3.3.2 from the package registry")
-    assert list((tmp_path / "c").iterdir()) == []
-
-
-def test_fit_then_apply(files, tmp_path):
+def test_fit_then_apply(files, tmp_path, capsys):
     patterns = r"layer\.\d{1,2}\..*query,value"  # two; the comma in braces is the first one's
     options = ["--epochs", "1", "--target_modules", patterns, "--layers", "0-1", "--quiet"]
     status, said, errors = call(
@@ -272,18 +222,22 @@ def test_fit_then_apply(files, tmp_path):
         "history.json",
         "mask.safetensors",
     ]
-    arguments = [
-        files / "model",
-        tmp_path / "mask",
-        "--out",
-        tmp_path / "masked",
-        "--data",
-        files / "rows.csv",
-    ]
-    status, said, errors = call("mft_apply", *arguments)
+    masked = tmp_path / "masked"
+    places = [files / "model", tmp_path / "mask", "--out", masked, "--data", files / "rows.csv"]
+    status, said, errors = call("mft_apply", *places)
     assert status == 0, errors
-    assert (tmp_path / "masked" / "model.safetensors").exists()
-    status, _, said = call(
-        "mft_apply", tmp_path / "masked", tmp_path / "mask", "--data", files / "rows.csv"
+    assert "before: " in said and "paired: " in said
+    assert (masked / "model.safetensors").exists()
+    status, said = call_here(
+        "mft_apply", capsys, model=str(masked), mask=str(tmp_path / "mask"), out=str(tmp_path / "x")
     )
     check_refusal(status, said, "belongs to other base weights")
+    mask = load_mask(tmp_path / "mask" / "mask.safetensors").mask
+    base, plain = (load_classifier(folder)[0].state_dict() for folder in (files / "model", masked))
+    assert list(base) == list(plain)
+    for name, weight in base.items():
+        expected = weight * mask[name] if name in mask else weight
+        assert (plain[name] == expected).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing differs from the model of the training
+        MFT.from_pretrained(load_classifier(files / "model")[0], tmp_path / "mask")

@@ -1,7 +1,6 @@
 """A masked model is still a model: copies, dtypes, compilers, loops, processes, checkpoints."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -15,60 +14,46 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Trainer,
+)
 
-from mft_nb.bitmask import magnitude_mask, random_mask, top_k_mask
-from mft_nb.data import load_snippets
-from mft_nb.mask import MFT, MaskConfig, plain_state_dict
-from mft_nb.model import load_classifier, maskable_weights
-from mft_nb.selection import scoped_mask
+from mft_nb.bitmask import BitMask, top_k_mask
+from mft_nb.mask import MFT, MaskConfig
+from mft_nb.model import fetch_model
+from mft_nb.study.datasets import load_snippets
+from mft_nb.switch import MaskSwitch
+from mft_nb.train import TrainConfig, fit
+from mft_nb.trainer import MaskTrainer
+from tests.models import (
+    CONFIG,
+    batch,
+    copied_state,
+    difference,
+    expected,
+    same_state,
+    tiny_bert,
+    tiny_gpt2_config,
+    tiny_llama,
+    train_steps,
+    trainer_for,
+)
+from tests.two_processes import train_epochs
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = MaskConfig(layers="all", start="normal", keep=0.8)
 
 
-def tiny_bert(dropout=0.0):
-    """A classifier with random weights, the same each time."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = BertConfig(vocab_size=50, num_hidden_layers=3, num_labels=2, **sizes, **rates)
-    return BertForSequenceClassification(config).eval()
-
-
-def batch(rows=6, seed=1):
-    """Token ids and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "input_ids": torch.randint(5, 50, (rows, 7), generator=generator),
-        "labels": torch.randint(0, 2, (rows,), generator=generator),
-    }
-
-
-def expected(mft):
-    """The mask that the present scores ask for, found by a plain search."""
-    ranked = dict(zip(mft.base_weights(), mft.scores, strict=True))
-    return top_k_mask(ranked, mft.config.keep, mft.config.scope)
-
-
-def train_steps(mft, steps=3, model=None, accumulate=1, context=None):
-    """Some steps of AdamW in plain PyTorch, each on the same six rows."""
-    optimizer = torch.optim.AdamW(mft.trainable, lr=0.02, weight_decay=0)
-    inputs = batch()
-    for _ in range(steps):
-        for part in range(accumulate):
-            size = 6 // accumulate
-            rows = {k: v[part * size : (part + 1) * size] for k, v in inputs.items()}
-            with context or torch.enable_grad():
-                loss = (mft.model if model is None else model)(**rows).loss / accumulate
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def share_of_bits(first, second):
-    """Share of the bits in which two masks differ."""
-    return (first ^ second).kept / first.total
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order, as in the processes that are compared with this one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +62,7 @@ def trained():
     mft = MFT(tiny_bert(), CONFIG)
     first = mft.bitmask()
     train_steps(mft)
-    assert share_of_bits(first, mft.bitmask()) > 0.01, "too little moved to test anything"
+    assert difference(first, mft.bitmask()) > 0.01, "too little moved to test anything"
     assert mft.bitmask() == expected(mft)
     return mft
 
@@ -99,32 +84,38 @@ def test_a_copy_lives_on_when_the_other_is_unwrapped(leave):
     logits = mft.model(**batch()).logits
     getattr(mft, leave)()
     assert torch.equal(twin.model(**batch()).logits, logits)
-    base = twin.unload().state_dict()
-    assert all(torch.equal(base[name], t) for name, t in tiny_bert().state_dict().items())
+    assert same_state(twin.unload(), tiny_bert().state_dict())
 
 
-def test_save_pretrained_writes_a_plain_model_with_masked_weights(trained, tmp_path):
-    trained.model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("way", ["model.save_pretrained", "save_model"])
+def test_a_masked_model_is_saved_as_a_plain_one(way, trained, tmp_path):
+    scores = trained.state_dict().keys() - {"mask_settings"}
+    if way == "save_model":
+        trained.save_model(tmp_path)
+    else:
+        trained.model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
-        assert set(saved.keys()) == set(tiny_bert().state_dict())
+        names = set(saved.keys())
+    assert names == {*tiny_bert().state_dict(), *(() if way == "save_model" else scores)}
     loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
     mask = trained.bitmask()
     for name, weight in trained.base_weights().items():
         assert torch.equal(loaded.get_parameter(name), torch.where(mask[name], weight, 0))
     assert torch.equal(loaded(**batch()).logits, trained.model(**batch()).logits)
-    plain = plain_state_dict(trained.model)
+    plain = trained.plain_state_dict()
+    assert plain.keys() == loaded.state_dict().keys()
     assert all(torch.equal(plain[name], t) for name, t in loaded.state_dict().items())
 
 
-def test_unloaded_model_saves_itself_as_ever(tmp_path):
+def test_a_model_keeps_its_class_and_saves_itself_as_ever_after_unload(tmp_path):
     model = tiny_bert()
     own = type(model)
     mft = MFT(model, CONFIG)
-    assert type(model) is not own and type(model).__name__ == own.__name__
-    mft.unload()
     assert type(model) is own
+    mft.unload()
+    assert type(model) is own and not model._forward_hooks and not model._forward_pre_hooks
     model.save_pretrained(tmp_path / "checkpoint-1")
-    assert (tmp_path / "checkpoint-1" / "config.json").exists()
+    assert same_state(own.from_pretrained(tmp_path / "checkpoint-1"), tiny_bert().state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -155,12 +146,12 @@ def test_a_move_to_a_gpu_and_back_keeps_the_mask():
 
 
 def test_compiled_model_follows_the_mask():
-    plain, compiled = MFT(tiny_bert(), CONFIG), MFT(tiny_bert(), CONFIG)
+    plain, compiled = (MFT(tiny_bert(num_hidden_layers=1), CONFIG) for _ in range(2))
     fast = torch.compile(compiled.model, backend="aot_eager")
     train_steps(plain)
     train_steps(compiled, model=fast)
     assert compiled.bitmask() == expected(compiled)
-    assert share_of_bits(plain.bitmask(), compiled.bitmask()) < 0.002
+    assert difference(plain.bitmask(), compiled.bitmask()) < 0.002
     with torch.no_grad():
         assert torch.allclose(fast(**batch()).logits, compiled.model(**batch()).logits, atol=1e-5)
 
@@ -181,15 +172,42 @@ def test_bfloat16_autocast_trains_float32_scores(trained):
     train_steps(mft, context=torch.autocast("cpu", torch.bfloat16))
     assert all(score.dtype == torch.float32 for score in mft.scores)
     assert mft.bitmask() == expected(mft)
-    assert 0 < share_of_bits(mft.bitmask(), trained.bitmask()) < 0.05
+    assert 0 < difference(mft.bitmask(), trained.bitmask()) < 0.05
 
 
-def test_gradient_accumulation_is_one_step(trained):
+def finders(mft):
+    """What finds the masks of each matrix, and counts how."""
+    return [m.parametrizations.weight[0].group.finder for m in mft._modules.values()]
+
+
+def test_gradient_accumulation_is_one_step_and_the_mask_is_proved_not_searched_again(trained):
     mft = MFT(tiny_bert(), CONFIG)
+    before = [(one.calls, one.proved) for one in finders(mft)]
     train_steps(mft, accumulate=2)
-    one = mft.model.bert.encoder.layer[0].attention.self.query.parametrizations.weight[0]
-    assert one.group.finder.calls == 3  # for three steps of two backward passes each
-    assert share_of_bits(mft.bitmask(), trained.bitmask()) < 0.002
+    for one, (calls, proved) in zip(finders(mft), before, strict=True):
+        assert one.calls - calls == 6  # for three steps of two forward passes each
+        assert one.proved - proved >= 3  # the second pass of a step sees the scores of the first
+    assert difference(mft.bitmask(), trained.bitmask()) < 0.002
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global"])
+def test_writes_that_no_version_counter_sees_are_seen(scope, tmp_path):
+    mft = MFT(tiny_bert(), replace(CONFIG, scope=scope))
+    before = mft.bitmask()
+    average = [score.detach().clone().neg() for score in mft.scores]
+    mft.model(**batch())
+    for score, other in zip(mft.scores, average, strict=True):
+        score.data.copy_(other)  # as a moving average is put in for an evaluation
+    logits = mft.model(**batch()).logits
+    assert mft.bitmask() == expected(mft) != before
+    mft.save_pretrained(tmp_path)
+    loaded = MFT.from_pretrained(tiny_bert(), tmp_path)
+    assert loaded.bitmask() == mft.bitmask()
+    assert torch.equal(loaded.model(**batch()).logits, logits)
+    for score, other in zip(mft.scores, average, strict=True):
+        score.data = -other  # another tensor
+    mft.model(**batch())
+    assert mft.bitmask() == before
 
 
 def test_inference_mode_before_training_does_no_harm(trained):
@@ -200,17 +218,49 @@ def test_inference_mode_before_training_does_no_harm(trained):
     assert mft.bitmask() == trained.bitmask()
 
 
-def test_schedule_closes_in_on_keep():
-    config = MaskConfig(layers="all", keep=0.5, schedule=[(0, 1.0), (4, 0.5)])
-    mft = MFT(tiny_bert(), config)
+SCHEDULE = MaskConfig(layers="all", keep=0.5, schedule=[(0, 1.0), (4, 0.5)])
+DENSITIES = [1, 0.875, 0.75, 0.625, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedule_closes_in_on_keep(accumulate):
+    mft = MFT(tiny_bert(), SCHEDULE)
     densities = [mft.bitmask().density]
     for _ in range(5):
-        train_steps(mft, 1)
+        train_steps(mft, 1, accumulate=accumulate)
         densities.append(mft.bitmask().density)
-    assert np.allclose(densities, [1, 0.875, 0.75, 0.625, 0.5, 0.5], atol=1e-3)
-    resumed = MFT(tiny_bert(), config)
+        with torch.no_grad():
+            mft.model(**batch())  # is no step
+    assert np.allclose(densities, DENSITIES, atol=1e-3)
+    resumed = MFT(tiny_bert(), SCHEDULE)
     resumed.load_state_dict(mft.state_dict())
     assert resumed.bitmask() == mft.bitmask()
+
+
+def own_write(scores):
+    for score in scores:
+        score.data.sub_(0.02 * score.grad.sign())
+
+
+@pytest.mark.parametrize("clear", ["before forward", "before backward", "after step", "to zero"])
+@pytest.mark.parametrize("own", [False, True], ids=["torch's optimizer", "one of our own"])
+def test_a_schedule_counts_steps_of_any_loop_and_of_no_other_model(clear, own):
+    mft, other = MFT(tiny_bert(), SCHEDULE), MFT(tiny_bert(), SCHEDULE)
+    optimizer = torch.optim.AdamW(mft.trainable, lr=0.02, weight_decay=0)
+    densities = []
+    for _ in range(6):
+        densities.append(mft.bitmask().density)
+        if clear == "before forward":
+            optimizer.zero_grad()
+        loss = mft.model(**batch()).loss
+        if clear == "before backward":
+            optimizer.zero_grad()
+        loss.backward()
+        own_write(mft.scores) if own else optimizer.step()
+        if clear in ("after step", "to zero"):
+            optimizer.zero_grad(set_to_none=clear == "after step")
+    assert np.allclose(densities, DENSITIES, atol=1e-3)
+    assert other.bitmask().density == 1.0
 
 
 @pytest.mark.parametrize(
@@ -224,7 +274,7 @@ def test_schedule_closes_in_on_keep():
 )
 def test_a_state_with_other_settings_is_refused(change, expected, tmp_path):
     torch.save(MFT(tiny_bert(), CONFIG).state_dict(), tmp_path / "state.pt")
-    other = MFT(tiny_bert(), replace(CONFIG, **change, start_seed=1))
+    other = MFT(tiny_bert(), replace(CONFIG, **change, init_seed=1))
     before = other.bitmask()
     with pytest.raises(ValueError, match=expected):
         other.load_state_dict(torch.load(tmp_path / "state.pt"))
@@ -232,7 +282,7 @@ def test_a_state_with_other_settings_is_refused(change, expected, tmp_path):
 
 
 def test_a_state_from_before_settings_were_in_it_loads():
-    source, other = MFT(tiny_bert(), CONFIG), MFT(tiny_bert(), replace(CONFIG, start_seed=1))
+    source, other = MFT(tiny_bert(), CONFIG), MFT(tiny_bert(), replace(CONFIG, init_seed=1))
     old = {name: t for name, t in source.state_dict().items() if name.endswith("scores")}
     assert len(old) == len(source.scores)
     other.load_state_dict(old)
@@ -258,7 +308,7 @@ def test_a_schedule_that_was_not_reached_is_warned_of(tmp_path):
 
 @pytest.mark.parametrize("scope", ["layer", "global", "2:4", "neuron", "head"])
 def test_other_scopes_train_save_and_merge(scope, tmp_path):
-    config = MaskConfig(layers="all", scope=scope, keep=0.5, start="normal", spread=0.002)
+    config = MaskConfig(layers="all", scope=scope, keep=0.5, init="normal", init_scale=0.002)
     mft = MFT(tiny_bert(), config)
     first = mft.bitmask()
     train_steps(mft, 5)
@@ -280,48 +330,23 @@ def test_other_scopes_train_save_and_merge(scope, tmp_path):
     assert torch.equal(mft.merge_and_unload()(**batch()).logits, logits)
 
 
-def test_head_scope_cuts_the_whole_head():
-    """With a head cut, its value weights no longer matter."""
+def test_head_scope_prunes_the_whole_head():
+    """With a head pruned, its value weights no longer matter."""
     mft = MFT(tiny_bert(), MaskConfig(layers=[1], scope="head", keep=0.5))
     name, mask = next(iter(mft.bitmask().items()))
-    cut = next(head for head in range(4) if not mask[0, 8 * head])
+    pruned = next(head for head in range(4) if not mask[0, 8 * head])
     value = mft.model.bert.encoder.layer[1].attention.self.value.weight
     before = mft.model(**batch()).logits
     with torch.no_grad():
-        value[8 * cut : 8 * cut + 8] += 1.0
+        value[8 * pruned : 8 * pruned + 8] += 1.0
     assert torch.allclose(mft.model(**batch()).logits, before, atol=1e-6)
 
 
 def test_gpt2_neurons_are_columns():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=16)
-    mft = MFT(GPT2LMHeadModel(sizes), MaskConfig(layers="all", scope="neuron", keep=0.5))
+    model = GPT2LMHeadModel(tiny_gpt2_config())
+    mft = MFT(model, MaskConfig(layers="all", scope="neuron", keep=0.5))
     for mask in mft.bitmask().values():
         assert (mask.all(0) | ~mask.any(0)).all()
-
-
-class Rows(torch.utils.data.Dataset):
-    """Rows for transformers.Trainer."""
-
-    def __init__(self, count=48):
-        self.rows = batch(count, seed=3)
-
-    def __len__(self):
-        return len(self.rows["labels"])
-
-    def __getitem__(self, index):
-        return {name: values[index] for name, values in self.rows.items()}
-
-
-def trainer_for(model, folder, **options):
-    """transformers.Trainer with nothing but a model."""
-    from transformers import Trainer, TrainingArguments
-
-    settings = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 0.02}
-    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-    arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
-    return Trainer(model=model, args=arguments, train_dataset=Rows())
 
 
 def test_a_plain_trainer_needs_only_the_model(tmp_path):
@@ -333,24 +358,54 @@ def test_a_plain_trainer_needs_only_the_model(tmp_path):
     assert all(torch.equal(weight, base[name]) for name, weight in mft.base_weights().items())
 
 
-def test_checkpoints_hold_scores_only_and_resume_is_exact(tmp_path):
-    whole = MFT(tiny_bert(dropout=0.1), CONFIG)
-    trainer_for(whole.model, tmp_path / "whole").train()
-    folder = tmp_path / "cut"
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The scores after twelve steps of a Trainer in one go."""
+    mft = MFT(tiny_bert(dropout=0.1), CONFIG)
+    trainer_for(mft.model, tmp_path_factory.mktemp("whole")).train()
+    return mft
+
+
+@pytest.mark.parametrize("kind", [Trainer, MaskTrainer])
+def test_a_resume_from_a_checkpoint_is_exact(kind, uninterrupted, tmp_path):
     first = MFT(tiny_bert(dropout=0.1), CONFIG)
     options = {"save_strategy": "steps", "save_steps": 4}
-    trainer_for(first.model, folder, **options).train()
-    with safe_open(folder / "checkpoint-4" / "model.safetensors", "pt") as saved:
-        assert sorted(saved.keys()) == sorted(first.state_dict().keys() - {"mask_settings"})
-        assert all(name.endswith("scores") for name in saved.keys())
+    trainer_for(first.model, tmp_path, kind, **options).train()
+    with safe_open(tmp_path / "checkpoint-4" / "model.safetensors", "pt") as saved:
+        names = set(saved.keys())
+    trained = first.state_dict().keys() - {"mask_settings"}
+    assert all(name.endswith("scores") for name in trained)
+    assert names == (trained if kind is MaskTrainer else trained | set(first.plain_state_dict()))
     resumed = MFT(tiny_bert(dropout=0.1), CONFIG)
-    trainer = trainer_for(resumed.model, folder, **options)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    assert resumed.bitmask() == whole.bitmask()
-    assert all(torch.equal(a, b) for a, b in zip(resumed.scores, whole.scores, strict=True))
+    trainer = trainer_for(resumed.model, tmp_path, kind, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.bitmask() == uninterrupted.bitmask()
+    pairs = zip(resumed.scores, uninterrupted.scores, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    mask = resumed.bitmask()
+    trainer.save_model(tmp_path / "model")  # what a Trainer saves in the end is the whole model
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    for name, weight in resumed.base_weights().items():
+        assert torch.equal(loaded.get_parameter(name), torch.where(mask[name], weight, 0))
 
 
-def test_a_killed_run_resumes_to_the_identical_mask(tmp_path):
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda state: state, "comes without scores"),
+        (lambda state: {n: t + 1 for n, t in state.items()}, "is not the weight that the mask"),
+    ],
+    ids=["plain", "other base"],
+)
+def test_a_state_that_is_no_masked_models_is_refused(spoil, said):
+    mft = MFT(tiny_bert(), CONFIG)
+    kept = mft.bitmask()
+    with pytest.raises(RuntimeError, match=said):
+        mft.model.load_state_dict(spoil(tiny_bert().state_dict()), strict=False)
+    assert mft.bitmask() == kept
+
+
+def test_a_killed_run_resumes_to_the_identical_mask(uninterrupted, tmp_path):
     run = [sys.executable, "-m", "tests.scores_run", str(tmp_path)]
     slow = subprocess.Popen([*run, "slow"], cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -361,78 +416,73 @@ def test_a_killed_run_resumes_to_the_identical_mask(tmp_path):
     slow.wait()
     assert not (tmp_path / "scores.pt").exists()
     subprocess.run([*run, "resume"], cwd=ROOT, check=True, timeout=300)
-    subprocess.run([*run, "whole"], cwd=ROOT, check=True, timeout=300)
-    resumed, whole = (torch.load(tmp_path / f"{name}.pt") for name in ("resume", "whole"))
-    assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+    pairs = zip(torch.load(tmp_path / "scores.pt"), uninterrupted.scores, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_two_processes_end_with_the_same_mask(tmp_path):
     """By `accelerate launch`, which needs mpirun for several CPU processes, and by torchrun."""
     (tmp_path / "hosts").write_text("localhost\n")
     options = ["--mpirun_hostfile", str(tmp_path / "hosts"), "--num_machines", "1"]
-    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"]
     ways = {
-        "alone": [*torchrun, "1"],
-        "torchrun": [*torchrun, "2"],
-        "accelerate": [*accelerate, "--num_processes", "2"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", *options],
     }
     script = ROOT / "tests" / "two_processes.py"
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mpirun
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    masks = {}
+    masks = []
     for way, launch in ways.items():
         folder = tmp_path / way
         folder.mkdir()
-        rows = 12 if way == "alone" else 6
         done = subprocess.run(
-            [*launch, str(script), str(folder), str(rows)],
+            [sys.executable, "-m", *launch, str(script), str(folder)],
             env=os.environ | settings | {"PATH": tools},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        masks[way] = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
-    (alone,), (first, second) = masks["alone"], masks["accelerate"]
-    for other in (second, *masks["torchrun"]):
-        assert all(torch.equal(first[name], other[name]) for name in first)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    different = sum(int((first[name] ^ alone[name]).sum()) for name in first)
-    total = sum(mask.numel() for mask in first.values())
-    moved = json.loads((tmp_path / "alone" / "moved.json").read_text())
-    assert (
-        different / total < 0.002 < moved / total
-    )  # reduction order alone, against all that moved
+        masks += [BitMask(torch.load(folder / f"{rank}.pt")) for rank in (0, 1)]
+    assert all(mask == masks[0] for mask in masks)
+    alone = MFT(tiny_bert(), CONFIG)
+    first = alone.bitmask()
+    train_epochs(alone, 12)
+    # the order of a sum alone, against all that moved
+    moved = difference(alone.bitmask(), first)
+    assert difference(masks[0], alone.bitmask()) < 0.002 < moved
 
 
 def test_a_decoder_with_tied_words_trains_and_saves(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=50, num_hidden_layers=3, tie_word_embeddings=True, **sizes)
-    torch.manual_seed(0)
-    mft = MFT(LlamaForCausalLM(config), CONFIG)
+    mft = MFT(tiny_llama(tie_word_embeddings=True), CONFIG)
     inputs = batch()["input_ids"]
     mft.model(input_ids=inputs, labels=inputs).loss.backward()
-    mft.model.save_pretrained(tmp_path)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(input_ids=inputs).logits, mft.model(input_ids=inputs).logits)
+    for way, save in {"own": mft.model.save_pretrained, "plain": mft.save_model}.items():
+        save(tmp_path / way)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / way)
+        assert torch.equal(loaded(input_ids=inputs).logits, mft.model(input_ids=inputs).logits)
 
 
-def test_a_module_trained_along_is_saved_and_taken_back(tmp_path):
-    config = MaskConfig(layers="all", start="normal", modules_to_save=["classifier"])
-    mft = MFT(tiny_bert(), config)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_module_trained_with_the_mask_is_saved_and_taken_back(by_hand, tmp_path):
+    config = MaskConfig(layers="all", init="normal", modules_to_save=["classifier"])
+    mft = MFT(tiny_bert(), CONFIG if by_hand else config)
+    if by_hand:
+        mft.model.classifier.requires_grad_(True)
+        mft.model(**batch())  # from here on it is known
+    assert len(mft.trainable) == len(mft.scores) + 2
     train_steps(mft)
     base = tiny_bert()
     assert not torch.equal(mft.model.classifier.weight, base.classifier.weight)
     mft.save_pretrained(tmp_path)
     loaded = MFT.from_pretrained(base, tmp_path)
     assert torch.equal(loaded.model(**batch()).logits, mft.model(**batch()).logits)
-    state = loaded.unload().state_dict()
-    assert all(torch.equal(state[name], t) for name, t in tiny_bert().state_dict().items())
+    assert same_state(loaded.unload(), tiny_bert().state_dict())
     (tmp_path / "modules.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="does not belong to the mask"):
         MFT.from_pretrained(tiny_bert(), tmp_path)
+    assert same_state(mft.unload(), tiny_bert().state_dict())
 
 
 def test_a_mask_is_refused_where_two_places_share_a_weight(tmp_path):
@@ -444,8 +494,6 @@ def test_a_mask_is_refused_where_two_places_share_a_weight(tmp_path):
 
 
 def test_a_model_under_a_switch_is_refused():
-    from mft_nb.switch import MaskSwitch
-
     model = tiny_bert()
     mft = MFT(model, CONFIG)
     mask = mft.bitmask()
@@ -453,47 +501,31 @@ def test_a_model_under_a_switch_is_refused():
     switch = MaskSwitch(model)
     switch.add("one", mask)
     switch.use("one")
-    with pytest.raises(ValueError, match=r"Call model.mask_switch.use\(None\) first"):
+    with pytest.raises(ValueError, match=r"MaskSwitch.of\(model\).use\(None\) first"):
         MFT(model, CONFIG)
     switch.use(None)
     assert MFT(model, CONFIG).bitmask() == mask
 
 
-def test_layers_named_by_a_word_compete_as_layers():
-    blocks = {f"layer_{i}": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for i in range(3)}
-    mft = MFT(nn.ModuleDict(blocks), MaskConfig(layers="all", scope="layer", keep=0.5))
-    cut = {}
-    for name, mask in mft.bitmask().items():
-        cut[name.split(".")[0]] = cut.get(name.split(".")[0], 0) + int((~mask).sum())
-    assert cut == {"layer_0": 16, "layer_1": 16, "layer_2": 16}
-
-
 @pytest.mark.parametrize("scope, keep", [("tensor", 0.9), ("2:4", 0.5), ("neuron", 0.75)])
 def test_a_mask_of_magnitudes_is_where_training_starts(scope, keep):
-    mft = MFT(tiny_bert(), MaskConfig(scope=scope, keep=keep, start="magnitude"))
+    mft = MFT(tiny_bert(), MaskConfig(scope=scope, keep=keep, init="magnitude"))
     sizes = {name: weight.detach().abs() for name, weight in mft.base_weights().items()}
-    assert scoped_mask(sizes, keep, scope) == mft.bitmask()
-
-
-def test_magnitude_and_random_masks_by_layer():
-    weights = maskable_weights(tiny_bert(), layers="all")
-    for mask in (magnitude_mask(weights, 0.7, "layer"), random_mask(weights, 0.7, scope="layer")):
-        assert list(mask) == list(weights)
-        assert len(set(mask.density_by_tensor().values())) > 3
-        assert all(abs(share - 0.7) < 1e-4 for share in mask.density_by_layer().values())
+    assert top_k_mask(sizes, keep, scope) == mft.bitmask()
 
 
 def test_training_in_bfloat16_keeps_scores_in_float32_and_evaluates_as_before():
-    model, tokenizer = load_classifier("minilm")
+    tokenizer = AutoTokenizer.from_pretrained(fetch_model("minilm"))
     rows = load_snippets()["train"].select(range(16))
-    losses = {}
+    losses, before = {}, copied_state(tiny_bert(vocab_size=len(tokenizer)))
     for precision in ("float32", "bfloat16"):
-        mft = MFT(model, MaskConfig(precision=precision, epochs=1.0, batch_size=8))
-        losses[precision] = np.array(mft.fit(tokenizer, rows, progress=False).loss)[:, 1]
+        mft = MFT(tiny_bert(vocab_size=len(tokenizer)), MaskConfig())
+        config = TrainConfig(precision=precision, epochs=1.0, batch_size=8)
+        losses[precision] = np.array(fit(mft, tokenizer, rows, config, progress=False).loss)[:, 1]
         assert {scores.dtype for scores in mft.scores} == {torch.float32}
         assert not torch.is_autocast_enabled("cpu")
-        mft.unload()
+        assert same_state(mft.unload(), before)
     assert (losses["float32"] != losses["bfloat16"]).any()
     assert np.allclose(losses["float32"], losses["bfloat16"], atol=1e-2)
     with pytest.raises(ValueError, match="precision is 'half'; allowed are float32, bfloat16"):
-        MaskConfig(precision="half")
+        TrainConfig(precision="half")

@@ -10,17 +10,18 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import (
     FalconConfig,
     FalconForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
-from mft_nb.bitmask import BitMask, save_mask, weights_sha256
-from mft_nb.mask import MFT, MaskConfig, plain_state_dict
-from mft_nb.model import dropout_rates
-from tests.test_engine import batch, tiny_bert
+from mft_nb.bitmask import BitMask
+from mft_nb.freeze import dropout_rates
+from mft_nb.mask import MFT, MaskConfig
+from mft_nb.mask_file import save_mask
+from mft_nb.sharded import weights_sha256
+from tests.models import batch, copied_state, same_state, tiny_bert, tiny_gpt2_config
 
 ALL = MaskConfig(layers="all", keep=0.5)
 
@@ -34,9 +35,10 @@ def small(bias=True):
 @pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
 def test_other_parametrizations_are_in_the_plain_state(norm):
     model = nn.Sequential(small(), norm(nn.Conv1d(2, 2, 1)))
-    before = {name for name in model.state_dict()}
-    MFT(model, ALL)
-    assert set(plain_state_dict(model)) == before
+    before = copied_state(model)
+    mft = MFT(model, ALL)
+    assert mft.plain_state_dict().keys() == before.keys()
+    assert same_state(mft.unload(), before)
 
 
 def test_a_masked_model_with_weight_norm_is_saved_whole(tmp_path):
@@ -48,32 +50,31 @@ def test_a_masked_model_with_weight_norm_is_saved_whole(tmp_path):
         intermediate_size=24, classifier_proj_size=8, **sizes, **convolution, **groups
     )
     model = Wav2Vec2ForSequenceClassification(config).eval()
-    MFT(model, ALL)
+    mft = MFT(model, ALL)
     sound = torch.randn(1, 64)
     expected = model(sound).logits
-    model.save_pretrained(tmp_path)
-    loaded = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(sound).logits, expected)
+    for way, save in {"own": model.save_pretrained, "plain": mft.save_model}.items():
+        save(tmp_path / way)
+        loaded = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / way).eval()
+        assert torch.equal(loaded(sound).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["0.bias", "1.in_proj_weight"])
 def test_a_saved_mask_of_what_is_no_linear_weight_is_refused(name, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = copied_state(model)
     weights = {key: model.get_parameter(key) for key in ("0.weight", name)}
     mask = BitMask({key: torch.rand(weight.shape) > 0.5 for key, weight in weights.items()})
     path = save_mask(mask, tmp_path / "mask.safetensors", weights_sha256(weights), ALL.to_dict())
     with pytest.raises(ValueError, match="no weight of a linear module.*AppliedMask"):
         MFT.from_pretrained(model, path)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert same_state(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_fault_while_a_mask_is_put_on_leaves_the_model_plain(monkeypatch):
     model, real = small(), parametrize.register_parametrization
-    names = list(model.state_dict())
+    before = copied_state(model)
 
     def faulty(module, *arguments, **options):
         if module is model[2]:
@@ -83,8 +84,9 @@ def test_a_fault_while_a_mask_is_put_on_leaves_the_model_plain(monkeypatch):
     monkeypatch.setattr(parametrize, "register_parametrization", faulty)
     with pytest.raises(RuntimeError, match="no memory"):
         MFT(model, ALL)
-    assert list(model.state_dict()) == names
+    assert same_state(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model._forward_hooks and not model._forward_pre_hooks
     monkeypatch.undo()
     MFT(model, ALL)
 
@@ -100,22 +102,23 @@ def own_conv():
 
 
 def test_units_and_groups_of_a_subclass_of_conv1d():
-    mask = MFT(own_conv(), MaskConfig(layers="all", keep=0.5, scope="neuron")).bitmask()[
-        "0.0.weight"
-    ]
+    def mask_of(scope):
+        config = MaskConfig(layers="all", keep=0.5, scope=scope)
+        return MFT(own_conv(), config).bitmask()["0.0.weight"]
+
+    mask = mask_of("neuron")
     assert (mask.all(0) | ~mask.any(0)).all() and (~mask).any()  # whole outputs, which are columns
-    mask = MFT(own_conv(), MaskConfig(layers="all", keep=0.5, scope="2:4")).bitmask()["0.0.weight"]
+    mask = mask_of("2:4")
     assert (mask.reshape(2, 4, 4).sum(1) == 2).all()  # groups along the inputs, which are rows
 
 
-@pytest.mark.parametrize(("cut", "warned"), [("outputs", True), ("inputs", False)])
-def test_the_warning_of_dead_neurons_looks_along_the_outputs_of_gpt2(cut, warned):
-    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16}
-    model = GPT2LMHeadModel(GPT2Config(**sizes))
+@pytest.mark.parametrize(("pruned", "warned"), [("outputs", True), ("inputs", False)])
+def test_the_warning_of_dead_neurons_looks_along_the_outputs_of_gpt2(pruned, warned):
+    model = GPT2LMHeadModel(tiny_gpt2_config())
     mft = MFT(model, MaskConfig(layers=[1], keep=0.875, target_modules=["attn.c_attn"]))
     with torch.no_grad():
         scores = mft.scores[0].fill_(1.0)
-        (scores[:, :6] if cut == "outputs" else scores[:2]).fill_(-1.0)
+        (scores[:, :6] if pruned == "outputs" else scores[:2]).fill_(-1.0)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         mft.merge_and_unload()
@@ -137,11 +140,10 @@ def test_a_save_that_fails_leaves_the_earlier_one(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"mask.safetensors", "modules.safetensors"}
 
 
-def test_a_tied_module_is_not_trained_along_alone():
-    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+def test_a_tied_module_is_not_trained_alone():
     with pytest.raises(ValueError, match="'lm_head.weight', which is one tensor with 'transformer"):
-        MFT(GPT2LMHeadModel(GPT2Config(**sizes)), MaskConfig(modules_to_save=["lm_head"]))
-    mft = MFT(GPT2LMHeadModel(GPT2Config(**sizes)), MaskConfig(modules_to_save=["lm_head", "wte"]))
+        MFT(GPT2LMHeadModel(tiny_gpt2_config()), MaskConfig(modules_to_save=["lm_head"]))
+    mft = MFT(GPT2LMHeadModel(tiny_gpt2_config()), MaskConfig(modules_to_save=["lm_head", "wte"]))
     assert len(mft.trainable) == len(mft.scores) + 1  # both names are one tensor
 
 
@@ -171,18 +173,58 @@ def test_a_model_that_grew_is_given_back():
     mft = MFT(model, MaskConfig(layers="all", keep=0.5, l1=0.1))
     model.append(nn.Linear(2, 2))
     mft.unload()
-    assert not model._forward_hooks
+    assert not model._forward_hooks and not model._forward_pre_hooks
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_folder_called_like_a_checkpoint_gets_the_whole_model(tmp_path):
     mft = MFT(tiny_bert(), MaskConfig(layers="all"))
-    mft.model.save_pretrained(tmp_path / "checkpoint-1")
-    loaded = type(tiny_bert()).from_pretrained(tmp_path / "checkpoint-1")
-    assert torch.equal(loaded(**batch()).logits, mft.model(**batch()).logits)
+    for number, save in enumerate((mft.model.save_pretrained, mft.save_model), start=1):
+        save(tmp_path / f"checkpoint-{number}")
+        loaded = type(tiny_bert()).from_pretrained(tmp_path / f"checkpoint-{number}")
+        assert torch.equal(loaded(**batch()).logits, mft.model(**batch()).logits)
 
 
 def test_a_weight_without_elements_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
     with pytest.raises(ValueError, match="The weight '1.weight' has no elements"):
         MFT(model, MaskConfig(layers="all"))
+
+
+def normed():
+    """A layer of batch statistics between two linear ones."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def test_statistics_of_batch_norm_are_saved_with_the_mask_and_taken_back(tmp_path):
+    mft, before = MFT(normed().train(), ALL), copied_state(normed())
+    rows = torch.randn(16, 8) * 3 + 1
+    mft.model(rows)
+    mft.model.eval()
+    mft.save_pretrained(tmp_path)
+    loaded = MFT.from_pretrained(normed().eval(), tmp_path)
+    assert torch.equal(loaded.model(rows), mft.model(rows))
+    for one in (loaded, mft):
+        assert same_state(one.unload(), before)
+
+
+def test_a_head_that_was_drawn_anew_is_named_once(tmp_path):
+    MFT(tiny_bert(), MaskConfig(layers="all")).save_pretrained(tmp_path)
+    other = tiny_bert()
+    nn.init.normal_(other.classifier.weight)
+    with pytest.warns(UserWarning, match="does not cover: classifier. A head") as told:
+        MFT.from_pretrained(other, tmp_path)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MFT.from_pretrained(tiny_bert(), tmp_path)
+
+
+def test_what_was_changed_by_hand_is_named_and_stays():
+    mft = MFT(tiny_bert(), MaskConfig(layers="all"))
+    with torch.no_grad():
+        mft.model.classifier.bias.add_(1)
+    with pytest.warns(UserWarning, match="classifier.bias changed .* stay as they are"):
+        model = mft.unload()
+    assert torch.equal(model.classifier.bias, tiny_bert().classifier.bias + 1)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from safetensors.torch import save
+from torch import nn
 
-import mft_nb.bitmask as bitmask
-from mft_nb.bitmask import (
-    BitMask,
-    decode_mask,
-    encode_mask,
-    load_mask,
-    mask_sha256,
-    random_mask,
-    save_mask,
-    weights_sha256,
-)
+from mft_nb import mask_file
+from mft_nb.bitmask import BitMask, random_mask
+from mft_nb.config import MaskConfig
+from mft_nb.mask import MFT
+from mft_nb.mask_file import decode_mask, encode_mask, load_mask, mask_sha256, save_mask
+from mft_nb.sharded import weights_sha256
 
-BASE = "0" * 64  # a hash that stands for any base; also what the digest's place holds at first
+BASE = "0" * 64  # the hash of any base; also what a file has as its digest at first
 SETTINGS = settings(
     max_examples=60,
     deadline=None,
@@ -40,7 +37,7 @@ def drawn(shape, density, seed=0):
 
 
 def runs(length, seed):
-    """A mask of long runs, as when rows are cut whole."""
+    """A mask of long runs, as when whole rows are pruned."""
     generator = random.Random(seed)
     parts = []
     while sum(map(len, parts)) < length:
@@ -61,13 +58,14 @@ masks = some.dictionaries(names, tensors, min_size=1, max_size=4).map(BitMask)
 @SETTINGS
 @given(mask=masks)
 def test_what_is_loaded_is_what_was_saved(mask, tmp_path):
-    path = save_mask(mask, tmp_path / "mask.safetensors", BASE, {"sha256": BASE, "note": "é\n"})
+    told = {"config": {"sha256": BASE, "note": "é\n"}, "training": {"seed": 3}, "rest": {"é": "0"}}
+    path = save_mask(mask, tmp_path / "mask.safetensors", BASE, **told)
     saved = load_mask(path)
     assert saved.mask == mask
     assert {name: one.shape for name, one in saved.mask.items()} == {
         name: one.shape for name, one in mask.items()
     }
-    assert saved.config == {"sha256": BASE, "note": "é\n"}
+    assert {name: getattr(saved, name) for name in told} == told
     assert saved.base_sha256 == BASE
     assert list(tmp_path.iterdir()) == [path]
 
@@ -97,7 +95,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def files(weights, tmp_path_factory):
-    """The bytes of three files: a tenth cut, half cut, nine tenths cut."""
+    """The bytes of three files: a tenth pruned, half pruned, nine tenths pruned."""
     folder = tmp_path_factory.mktemp("files")
     contents = []
     for keep in (0.9, 0.5, 0.1):
@@ -115,7 +113,7 @@ def refusal(content, path, weights=None):
     return str(caught.value)
 
 
-def test_a_file_cut_off_anywhere_is_refused(files, tmp_path):
+def test_a_file_that_ends_too_soon_is_refused(files, tmp_path):
     for content in files:
         header = 8 + int.from_bytes(content[:8], "little")
         lengths = {*range(0, 40), *range(0, len(content), 13), header - 1, header, header + 1}
@@ -167,12 +165,12 @@ def test_other_weights_shapes_and_names_are_refused(files, weights, tmp_path):
     assert "other base weights" in refusal(files[0], path, changed)
     half = {name: weight.half() for name, weight in weights.items()}
     assert "other base weights" in refusal(files[0], path, half)
-    turned = weights | {"layer.0.up.weight": torch.ones(16, 48)}
-    assert "has shape (48, 16)" in refusal(files[0], path, turned)
+    transposed = weights | {"layer.0.up.weight": torch.ones(16, 48)}
+    assert "has shape (48, 16)" in refusal(files[0], path, transposed)
     assert "is not there" in refusal(files[0], path, {"other": torch.ones(1)})
 
 
-def test_other_files_and_places_are_refused(files, tmp_path):
+def test_files_of_other_kinds_and_folders_are_refused(files, tmp_path):
     path = tmp_path / "mask"
     assert "not a mask file" in refusal(save({"w": torch.ones(2)}), path)
     assert "not a mask file" in refusal(save({"w": torch.ones(2)}, {"format": "pt"}), path)
@@ -189,10 +187,10 @@ def test_other_files_and_places_are_refused(files, tmp_path):
 def forged(payload, **changes):
     """A file whose hash is right but whose metadata lies."""
     mask = BitMask({"w": torch.ones(10, dtype=torch.bool)})
-    entries = json.loads(bitmask._describe(mask, BASE, {})) | changes
+    entries = json.loads(mask_file._describe(mask, BASE, {"config": {}})) | changes
     tensor = {"w": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}
     data = save(tensor, {"mft_nb": json.dumps(entries)})
-    digest = bitmask.hashlib.sha256(data).hexdigest()
+    digest = mask_file.hashlib.sha256(data).hexdigest()
     return data.replace(BASE.encode(), digest.encode(), 1)
 
 
@@ -219,6 +217,8 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path):
         {"base_sha256": "none"},
         {"config": []},
         {"versions": None},
+        {"training": []},
+        {"rest": None},
     ]
     tracemalloc.start()
     for lie in lies:
@@ -269,3 +269,90 @@ def test_four_layers_of_bert_base_come_within_3_percent_of_the_entropy(tmp_path)
     path = save_mask(mask, tmp_path / "mask", BASE, {})
     assert path.stat().st_size <= 1.03 * bound
     assert mask_sha256(load_mask(path).mask) == mask_sha256(mask)
+
+
+EARLIER = Path(__file__).parent / "data" / "earlier_mask"  # written before there was a TrainConfig
+EARLIER_MASK = {
+    "layers.0.weight": [[1, 1, 1, 0], [1, 0, 1, 1], [1, 0, 1, 1]],
+    "layers.1.weight": [[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 0]],
+}
+EARLIER_CONFIG = {  # with init, init_scale and init_seed, which that code called otherwise
+    "layers": "all",
+    "keep": 0.75,
+    "modules_to_save": ["head"],
+    "init": "normal",
+    "init_scale": 0.5,
+    "init_seed": 7,
+}
+EARLIER_TRAINING = {
+    "optimizer": "adafactor",
+    "learning_rate": 0.02,
+    "epochs": 3,
+    "batch_size": 16,
+    "max_length": 64,
+    "precision": "float32",
+    "warmup_steps": 0,
+    "warmup_ratio": 0.1,
+    "max_grad_norm": 0.0,
+}
+
+
+def earlier_model():
+    """The model that the earlier file's mask was made for: eighths from -3/8 on in each weight."""
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    model = nn.ModuleDict({"layers": layers, "head": nn.Linear(4, 2)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((torch.arange(parameter.numel()).view_as(parameter) - 3) / 8)
+    return model
+
+
+def test_a_file_of_the_earlier_code_loads():
+    model = earlier_model()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = BitMask({name: torch.tensor(bits).bool() for name, bits in EARLIER_MASK.items()})
+    saved = load_mask(EARLIER / "mask.safetensors", base)
+    assert saved.mask == expected
+    assert saved.training == {} and saved.rest == {}
+    assert saved.config["start_seed"] == 7 and saved.config["epochs"] == 3  # as they were written
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has no digests of the rest that could differ
+        mft = MFT.from_pretrained(model, EARLIER)
+    assert mft.bitmask() == expected
+    assert mft.trained_with == EARLIER_TRAINING
+    new = MaskConfig().to_dict()
+    renamed = {name: value for name, value in mft.config.to_dict().items() if value != new[name]}
+    assert renamed.pop("exclude_modules") == [
+        *("embed", "pooler", "classifier", "score", "lm_head", "pre_classifier"),
+    ]
+    assert renamed == EARLIER_CONFIG
+    for name, kept in expected.items():
+        assert torch.equal(model.get_parameter(name), base[name] * kept)
+    assert (model["head"].weight == 1.5).all() and (model["head"].bias == -2).all()
+    mft.unload()
+    assert all(torch.equal(base[name], one) for name, one in model.state_dict().items())
+
+
+def test_a_file_of_the_earlier_code_is_checked_like_any_other(tmp_path):
+    other = earlier_model()
+    with torch.no_grad():
+        other.layers[0].weight[0, 0] += 1
+    with pytest.raises(ValueError, match="other base weights"):
+        MFT.from_pretrained(other, EARLIER)
+    content = (EARLIER / "mask.safetensors").read_bytes()
+    assert "damaged" in refusal(content.replace(b"start_seed", b"start_sead"), tmp_path / "mask")
+    (tmp_path / "mask.safetensors").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match="modules were trained with it"):
+        MFT.from_pretrained(earlier_model(), tmp_path)
+
+
+def test_a_file_of_the_earlier_code_saved_again_has_the_names_of_today(tmp_path):
+    again = MFT.from_pretrained(earlier_model(), EARLIER).save_pretrained(tmp_path)
+    saved = load_mask(again)
+    assert saved.training == EARLIER_TRAINING
+    assert saved.config.items() >= EARLIER_CONFIG.items()
+    assert not {"start", "spread", "start_seed", *EARLIER_TRAINING} & set(saved.config)
+    assert saved.mask == load_mask(EARLIER / "mask.safetensors").mask
+    model = earlier_model()
+    MFT.from_pretrained(model, tmp_path)
+    assert (model["head"].weight == 1.5).all()

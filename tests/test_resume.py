@@ -1,4 +1,4 @@
-"""A mask training that was cut off ends with the very mask of one that was not."""
+"""A mask training that was stopped ends with the very mask of one that was not."""
 
 import subprocess
 import sys
@@ -6,16 +6,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from mft_nb import train as training
-from mft_nb.data import load_snippets
-from mft_nb.mask import MFT, MaskConfig
+from mft_nb.config import MaskConfig
+from mft_nb.files import LOCK_FILE, only_process, remove_folder
+from mft_nb.mask import MFT
 from mft_nb.model import load_classifier
+from mft_nb.study.datasets import load_snippets
+from mft_nb.train import TrainConfig, fit
 
-CONFIG = MaskConfig(start="normal", learning_rate=5e-3, dropout=True, l1=1e-4, batch_size=8)
+CONFIG = MaskConfig(init="normal", dropout=True, l1=1e-4)
+TRAINING = TrainConfig(learning_rate=5e-3, batch_size=8, max_steps=12, max_grad_norm=0.0)
 
 
 class Crash(TrainerCallback):
@@ -26,56 +30,103 @@ class Crash(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def fit(config=CONFIG, **options):
-    """Twelve steps of MFT on 64 rows, two epochs."""
+def tiny():
+    """A small random model that takes MiniLM's tokens, the same in each call; and a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes))
+    return model, load_classifier("minilm")[1]
+
+
+def minilm():
+    """Three layers of MiniLM with their trained weights, and its tokenizer."""
     model, tokenizer = load_classifier("minilm")
+    model.bert.encoder.layer = model.bert.encoder.layer[1:4]
+    model.config.num_hidden_layers = 3
+    return model, tokenizer
+
+
+def steps(folder=None, config=CONFIG, training=TRAINING, load=tiny, callbacks=(), count=48):
+    """Twelve steps of MFT, two epochs of 48 rows; with a folder, checkpoints after every third."""
+    model, tokenizer = load()
     mft = MFT(model, config)
-    rows = load_snippets()["train"].select(range(48))
-    history = mft.fit(tokenizer, rows, max_steps=12, eval_every=4, progress=False, **options)
+    rows = load_snippets()["train"].select(range(count))
+    options = {"folder": folder, "save_every": 3 if folder else 0, "callbacks": callbacks}
+    history = fit(mft, tokenizer, rows, training, eval_every=4, progress=False, **options)
     return mft, history
 
 
-def test_resumed_equals_never_stopped(tmp_path):
-    whole, history = fit()
+def same_scores(first, second):
+    """Whether two MFTs have equal masks and scores."""
+    pairs = zip(first.scores, second.scores, strict=True)
+    return first.bitmask() == second.bitmask() and all(torch.equal(a, b) for a, b in pairs)
+
+
+CONFIGS = {
+    "minilm": (minilm, CONFIG),
+    "tiny": (tiny, CONFIG),
+    "schedule": (tiny, replace(CONFIG, keep=0.7, schedule=((0, 1.0), (11, 0.7)), scope="global")),
+    "modules": (tiny, replace(CONFIG, ranking="absolute", modules_to_save=("classifier",))),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_resumed_equals_never_stopped(case, tmp_path):
+    load, config = CONFIGS[case]
+    whole, history = steps(None, config, load=load)
     folder = tmp_path / "unfinished"
     with pytest.raises(KeyboardInterrupt):
-        fit(folder=folder, save_every=3, callbacks=(Crash(),))
-    assert folder.exists()
-    resumed, resumed_history = fit(folder=folder, save_every=3)
-    assert resumed.bitmask() == whole.bitmask()
-    assert all(torch.equal(a, b) for a, b in zip(resumed.scores, whole.scores, strict=True))
+        steps(folder, config, load=load, callbacks=(Crash(),))
+    assert (folder / "checkpoint-9").exists()
+    resumed, resumed_history = steps(folder, config, load=load)
+    assert same_scores(resumed, whole)
+    for one, other in zip(resumed.trainable, whole.trainable, strict=True):
+        assert torch.equal(one, other)
     assert resumed_history == history
     assert not folder.exists()
 
 
-def test_an_unfinished_run_is_not_continued_with_other_settings(tmp_path):
+@pytest.fixture
+def stopped(tmp_path):
+    """The folder of a run that was stopped after its tenth step."""
     folder = tmp_path / "unfinished"
     with pytest.raises(KeyboardInterrupt):
-        fit(folder=folder, save_every=3, callbacks=(Crash(),))
-    with pytest.raises(ValueError, match="holds an unfinished run with other mask"):
-        fit(replace(CONFIG, keep=0.5), folder=folder, save_every=3)
+        steps(folder, callbacks=(Crash(),))
+    return folder
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(stopped):
+    for change, other in (
+        ({"config": replace(CONFIG, keep=0.5)}, "mask"),
+        ({"training": replace(TRAINING, learning_rate=1e-3)}, "learning_rate"),
+        ({"count": 40}, "rows"),
+    ):
+        with pytest.raises(ValueError, match=f"holds an unfinished run with other {other}"):
+            steps(stopped, **change)
+    assert (stopped / "checkpoint-9").exists()
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(stopped):
+    whole = steps()[0]
+    torn = stopped / "checkpoint-9"
+    (torn / "optimizer.pt").unlink()
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            seen.append((state.global_step, torn.exists()))
+
+    resumed, _ = steps(stopped, callbacks=(Note(),))
+    assert seen == [(0, False)]  # it was the only one, so the run began anew
+    assert same_scores(resumed, whole)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    model, tokenizer = load_classifier("minilm")
-    rows = load_snippets()["train"].select(range(8))
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="which holds other files"):
-        MFT(model).fit(tokenizer, rows, max_steps=1, folder=tmp_path, progress=False)
+        steps(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def fit_tiny(folder, *callbacks):
-    """Twelve steps of MFT on a small random model, with checkpoints."""
-    _, tokenizer = load_classifier("minilm")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    mft = MFT(BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes)), CONFIG)
-    rows = load_snippets()["train"].select(range(48))
-    options = {"max_steps": 12, "save_every": 3, "progress": False, "callbacks": callbacks}
-    mft.fit(tokenizer, rows, folder=folder, **options)
-    return mft
 
 
 class Hang(TrainerCallback):
@@ -89,65 +140,78 @@ class Hang(TrainerCallback):
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_killed(tmp_path):
-    whole, folder = fit_tiny(None), tmp_path / "unfinished"
-    code = f"from tests.test_resume import *; fit_tiny({str(folder)!r}, Hang())"
+    folder = tmp_path / "unfinished"
+    code = f"from tests.test_resume import *; steps({str(folder)!r}, callbacks=(Hang(),))"
     here = Path(__file__).resolve().parent.parent
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True
     )
     try:
+        whole, _ = steps()
         assert first.stdout.readline() == "writing\n"
         with pytest.raises(RuntimeError, match="another process is training.* Wait until it ends"):
-            fit_tiny(folder)
+            steps(folder)
         assert (folder / "checkpoint-9").exists()
         assert first.poll() is None
     finally:
         first.kill()
         first.wait()
         first.stdout.close()
-    resumed = fit_tiny(folder)
-    assert resumed.bitmask() == whole.bitmask()
-    assert all(torch.equal(a, b) for a, b in zip(resumed.scores, whole.scores, strict=True))
+    resumed, _ = steps(folder)
+    assert same_scores(resumed, whole)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_helpers_of_a_training_and_systems_without_locks_are_let_in(tmp_path, monkeypatch):
-    def busy(*_):
-        raise BlockingIOError
+@pytest.mark.parametrize("error", [OSError, NotImplementedError])
+def test_helpers_of_a_training_and_systems_without_locks_are_let_in(tmp_path, monkeypatch, error):
+    with only_process(tmp_path):
+        with pytest.raises(RuntimeError, match="another process is training"):
+            with only_process(tmp_path):
+                pytest.fail("the block must not run")
+        with pytest.raises(RuntimeError, match="another process is drawing"):
+            with only_process(tmp_path, "drawing"):
+                pytest.fail("the block must not run")
+        monkeypatch.setenv("RANK", "1")  # torchrun: one training in several processes
+        with only_process(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(RuntimeError, match="another process is training"):
+            with only_process(tmp_path):
+                pytest.fail("the block must not run")
+    with only_process(tmp_path):  # free again
+        pass
 
-    def unable(*_):
-        raise OSError
+    def unable(*_, **__):
+        raise error
 
-    monkeypatch.setattr(training.fcntl, "flock", busy)
-    with pytest.raises(RuntimeError, match="another process is training"):
-        training._lock(tmp_path)
-    monkeypatch.setenv("RANK", "1")  # torchrun: one training in several processes
-    with training._lock(tmp_path) as lock:
-        assert lock is None
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(training.fcntl, "flock", unable)
-    training._lock(tmp_path).close()
-    monkeypatch.setattr(training, "fcntl", None)  # Windows
-    with training._lock(tmp_path) as lock:
-        assert lock is None
+    monkeypatch.setattr(filelock.FileLock, "acquire", unable)  # a drive or a system without locks
+    with only_process(tmp_path):
+        pass
 
 
 def test_a_lock_is_that_of_the_folder_which_is_there(tmp_path, monkeypatch):
     folder, tries = tmp_path / "unfinished", []
+    acquire = filelock.FileLock.acquire
 
-    def flock(file, how):
-        tries.append(file)
-        if len(tries) == 1:  # the training before ends, and takes its folder along
-            training.remove_folder(folder)
+    def remove_first(lock, *arguments, **options):
+        tries.append(lock)
+        held = acquire(lock, *arguments, **options)
+        if len(tries) == 1:  # the training before ends, and removes its folder
+            remove_folder(folder)
+        return held
 
-    monkeypatch.setattr(training.fcntl, "flock", flock)
-    with training._lock(folder) as lock:
-        assert lock is tries[1] and tries[0].closed
-        assert (folder / ".lock").exists()
+    monkeypatch.setattr(filelock.FileLock, "acquire", remove_first)
+    with only_process(folder):
+        assert (folder / LOCK_FILE).exists()
+        assert not tries[0].is_locked and tries[1].is_locked
+        with pytest.raises(RuntimeError, match="another process is training"):
+            with only_process(folder):
+                pytest.fail("the block must not run")
+    assert not tries[1].is_locked
 
 
 def test_a_training_killed_right_after_its_start_goes_on(tmp_path):
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / ".lock").touch()
-    fit_tiny(tmp_path / "unfinished")
+    (tmp_path / "unfinished" / LOCK_FILE).touch()
+    steps(tmp_path / "unfinished")
     assert list(tmp_path.iterdir()) == []

@@ -1,25 +1,24 @@
 """On a real model: any way from mask to mask gives the same bits as a fresh copy."""
 
+import asyncio
 import copy
 import pickle
 import random
+import threading
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_nb.bitmask import (
-    AppliedMask,
-    BitMask,
-    magnitude_mask,
-    random_mask,
-    save_mask,
-    weights_sha256,
-)
-from mft_nb.mask import MFT, MaskConfig
-from mft_nb.model import load_classifier, maskable_weights
+from mft_nb.bitmask import AppliedMask, BitMask, magnitude_mask, random_mask
+from mft_nb.config import MaskConfig
+from mft_nb.mask import MFT
+from mft_nb.mask_file import save_mask
+from mft_nb.model import load_classifier
+from mft_nb.sharded import weights_sha256
 from mft_nb.switch import MaskSwitch
+from mft_nb.targets import maskable_weights
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def base(model):
 
 @pytest.fixture(scope="module")
 def masks(model):
-    """Three masks over different layers: random, magnitude, and one with a matrix cut whole."""
+    """Three masks over different layers: random, magnitude, and one that prunes a whole matrix."""
     last = random_mask(maskable_weights(model, layers=[2, 5]), 0.5, seed=1)
     whole = dict(last)
     whole[next(iter(whole))] = torch.zeros_like(whole[next(iter(whole))])
@@ -71,9 +70,12 @@ def same_bits(first, second):
 
 def fresh(mask):
     """The state of a newly loaded model with a mask applied."""
-    copy = load_classifier("minilm", seed=3)[0]
-    AppliedMask(copy, mask)
-    return state(copy)
+    other = load_classifier("minilm", seed=3)[0]
+    applied = AppliedMask(other, mask)
+    assert MaskSwitch.of(other) is None  # a mask is in force, but not a switch's
+    held = state(other)
+    applied.undo()
+    return held
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ def test_training_under_a_mask_keeps_what_the_mask_keeps():
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
     trained = layer.weight.detach().clone()
     with pytest.warns(UserWarning, match="changed while the mask 'half' was in force: weight"):
-        layer.mask_switch.use(None)
+        MaskSwitch.of(layer).use(None)
     kept = mask["weight"]
     assert torch.equal(layer.weight[kept], trained[kept])
     assert torch.equal(layer.weight[~kept], before[~kept])
@@ -212,13 +214,13 @@ def test_training_under_a_mask_keeps_what_the_mask_keeps():
 
 def test_a_model_whose_switch_is_lost_still_has_its_base():
     layer, before, mask = layer_with_switch()
-    for _ in range(20):  # any of them might lie where the first one lay
-        with pytest.raises(ValueError, match=r"model\.mask_switch\.use\(None\)"):
+    for _ in range(20):  # any of them might get the address of the first one
+        with pytest.raises(ValueError, match=r"'half' .*MaskSwitch\.of\(model\)\.use\(None\)"):
             MaskSwitch(layer)
-    assert layer.mask_in_force == "half" and layer.mask_switch.active == "half"
-    layer.mask_switch.use(None)
+    assert MaskSwitch.of(layer).active == "half"
+    MaskSwitch.of(layer).use(None)
     assert torch.equal(layer.weight, before)
-    assert layer.mask_in_force is None and layer.mask_switch is None
+    assert MaskSwitch.of(layer) is None
     MaskSwitch(layer).add("half", mask)
 
 
@@ -226,15 +228,15 @@ def test_a_model_whose_switch_is_lost_still_has_its_base():
 @pytest.mark.parametrize("of", ["model", "switch"])
 def test_a_copy_made_under_a_mask_goes_back_to_its_own_base(copied, of):
     layer, before, mask = layer_with_switch()
-    original = layer.mask_switch
+    original = MaskSwitch.of(layer)
     with original.using(None), original.using("half"):
         twin = copied(layer) if of == "model" else copied(original).model
-    assert twin is not layer and twin.mask_switch.model is twin
-    with pytest.raises(ValueError, match="another MaskSwitch"):
+    assert twin is not layer and MaskSwitch.of(twin).model is twin
+    with pytest.raises(ValueError, match="Another mask is in force"):
         MaskSwitch(twin)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        switch = twin.mask_switch
+        switch = MaskSwitch.of(twin)
         switch.use(None)
     switch.remove("half")
     assert torch.equal(twin.weight, before)
@@ -247,7 +249,7 @@ def test_a_switch_is_no_part_of_what_a_model_saves(tmp_path):
     layer, _, _ = layer_with_switch()
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert [name for name, _ in layer.named_modules()] == [""]
-    layer.mask_switch.use(None)
+    MaskSwitch.of(layer).use(None)
     assert b"MaskSwitch" not in pickle.dumps(layer)
     model = load_classifier("minilm", seed=3)[0]
     switch = MaskSwitch(model)
@@ -281,7 +283,7 @@ def test_a_switch_that_fails_halfway_puts_all_back(model, base, switch, monkeypa
         switch.use("magnitude")
     monkeypatch.undo()
     assert same_bits(state(model), base)
-    assert switch.active is None and model.mask_in_force is None and model.mask_switch is None
+    assert switch.active is None and MaskSwitch.of(model) is None
     switch.use("magnitude")
 
 
@@ -297,9 +299,9 @@ def test_what_could_not_be_put_back_keeps_the_model_refused(model, base, switch,
     monkeypatch.undo()
     assert not same_bits(state(model), base)
     for refused in (lambda: MaskSwitch(model), lambda: MFT(model, MaskConfig())):
-        with pytest.raises(ValueError, match="The mask 'magnitude' .* is in force"):
+        with pytest.raises(ValueError, match="[Tt]he mask 'magnitude'.*use\\(None\\)"):
             refused()
-    model.mask_switch.use(None)
+    MaskSwitch.of(model).use(None)
     assert same_bits(state(model), base)
     MaskSwitch(model)
 
@@ -347,7 +349,7 @@ def test_a_weight_that_became_unchangeable_is_named_by_use():
     with pytest.raises(ValueError, match="'2.weight' was made under torch.inference_mode"):
         switch.use("half")
     assert all(torch.equal(before[name], one) for name, one in whole.state_dict().items())
-    assert getattr(whole, "mask_in_force", None) is None
+    assert MaskSwitch.of(whole) is None
     with torch.inference_mode():
         switch.use("half")
         assert not torch.equal(whole[2].weight, before["2.weight"])
@@ -403,9 +405,105 @@ def test_masks_on_other_weights_are_undone_in_any_order():
     assert same_bits(state(stack), before)
 
 
-def test_a_mask_that_nobody_can_undo_any_more_does_not_stand_in_the_way():
+def test_a_mask_that_nobody_can_undo_any_more_blocks_no_other():
     layer = torch.nn.Linear(6, 4)
     before = state(layer)
     with AppliedMask(layer, BitMask({"weight": torch.zeros(4, 6, dtype=torch.bool)})):
         AppliedMask(layer, random_mask({"weight": layer.weight}, 0.5))
+    assert same_bits(state(layer), before)
+
+
+def in_a_thread(work):
+    """What some work returns or raises in a thread of its own; None while it has not ended."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(0.3)
+    return thread, found
+
+
+def test_a_thread_waits_for_the_block_of_another():
+    layer, before, mask = layer_with_switch()
+    switch, ones = MaskSwitch.of(layer), torch.ones(1, 6)
+    usual = torch.nn.functional.linear(ones, before, layer.bias)
+
+    def plain():
+        with switch.using(None):
+            return layer(ones)
+
+    with switch.using("half"):
+        masked = layer(ones)
+        thread, found = in_a_thread(plain)
+        assert not found  # it waits
+        _, (refused,) = in_a_thread(lambda: layer(ones))
+        assert isinstance(refused, RuntimeError) and "which waits" in str(refused)
+        assert torch.equal(layer(ones), masked)
+    thread.join(10)
+    assert torch.equal(found[0], usual) and not torch.equal(usual, masked)
+    assert switch.active == "half"
+    _, found = in_a_thread(lambda: switch.use(None))
+    assert found == [None] and switch.active is None
+    switch.use("half")
+    in_a_thread(lambda: switch.use(None))
+    with pytest.raises(RuntimeError, match="another one has put None in force since"):
+        layer(ones)
+
+
+def test_coroutines_are_refused_where_waiting_would_stop_both():
+    layer, before, _ = layer_with_switch()
+    switch, ones, refused = MaskSwitch.of(layer), torch.ones(1, 6), []
+
+    async def first():
+        with switch.using("half"):
+            await asyncio.sleep(0)
+            return layer(ones)
+
+    async def second():
+        for work in (lambda: layer(ones), lambda: switch.use(None)):
+            with pytest.raises(RuntimeError, match="coroutine") as caught:
+                work()
+            refused.append(str(caught.value))
+
+    async def both():
+        return (await asyncio.gather(first(), second()))[0]
+
+    masked = layer(ones)
+    assert torch.equal(asyncio.run(both()), masked)
+    assert "which waits" in refused[0] and "Do not await inside of a block" in refused[1]
+    switch.use(None)
+    assert torch.equal(layer.weight, before)
+
+
+def test_no_switch_within_a_forward_pass():
+    stack, mask = unchangeable("no")
+    before = state(stack)
+    switch, ones = MaskSwitch(stack), torch.ones(1, 4)
+    switch.add("half", mask)
+    switch.use("half")
+    hook = stack[0].register_forward_hook(lambda *_: switch.use(None))
+    with pytest.raises(RuntimeError, match="cannot be switched within a forward pass"):
+        stack(ones)
+    hook.remove()
+    assert switch.active == "half"
+    switch.use(None)  # the pass that ended with an error is over
+    assert same_bits(state(stack), before)
+
+
+def test_an_applied_mask_and_another_thread_do_not_mix_their_zeros():
+    layer = torch.nn.Linear(6, 4)
+    before = state(layer)
+    first = AppliedMask(layer, random_mask({"weight": layer.weight}, 0.5))
+    other = random_mask({"weight": layer.weight}, 0.5, seed=1)
+    _, (refused,) = in_a_thread(lambda: AppliedMask(layer, other))
+    assert isinstance(refused, RuntimeError) and "mask of another thread" in str(refused)
+    first.undo()
+    _, (applied,) = in_a_thread(lambda: AppliedMask(layer, other))
+    applied.undo()
     assert same_bits(state(layer), before)

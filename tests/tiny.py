@@ -2,7 +2,8 @@
 
 import sys
 
-from mft_nb.experiment import Place, Profile, Run, run_missing
+from mft_nb.study.plan import Profile, Run, Workspace
+from mft_nb.study.runner import run_missing
 from mft_nb.train import TrainConfig
 
 PROFILE = Profile(
@@ -28,4 +29,4 @@ RUNS = [
 
 if __name__ == "__main__":
     engine = sys.argv[2] if len(sys.argv) > 2 else "processes"
-    print(run_missing(RUNS, Place(sys.argv[1]), jobs=2, profile=PROFILE, engine=engine))
+    print(run_missing(RUNS, Workspace(sys.argv[1]), jobs=2, profile=PROFILE, engine=engine))

@@ -1,9 +1,8 @@
-"""Mask training under Accelerate; started by torchrun from test_engine.
+"""Mask training under Accelerate; started by two launchers from test_engine.
 
-Arguments: the folder for the masks, and the rows of a batch in each process.
+Argument: the folder for the masks.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,25 +10,28 @@ import torch
 from accelerate import Accelerator
 
 from mft_nb.mask import MFT
-from tests.test_engine import CONFIG, Rows, tiny_bert
+from tests.models import CONFIG, Rows, tiny_bert
+
+
+def train_epochs(mft, size, accelerator=None):
+    """Two epochs over the rows, `size` of them a step in each process."""
+    model, optimizer = mft.model, torch.optim.AdamW(mft.trainable, lr=0.02, weight_decay=0)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=size)
+    if accelerator:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    backward = accelerator.backward if accelerator else torch.Tensor.backward
+    for _ in range(2):
+        for rows in loader:
+            backward(model(**rows).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place, size = Path(sys.argv[1]), int(sys.argv[2])
     accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
     mft = MFT(tiny_bert(), CONFIG)
-    first = mft.bitmask()
-    optimizer = torch.optim.AdamW(mft.trainable, lr=0.02, weight_decay=0)
-    loader = torch.utils.data.DataLoader(Rows(), batch_size=size)
-    model, optimizer, loader = accelerator.prepare(mft.model, optimizer, loader)
-    for _ in range(2):
-        for rows in loader:
-            accelerator.backward(model(**rows).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    mask = mft.bitmask()
-    name = f"{accelerator.num_processes}-{accelerator.process_index}"
-    torch.save(dict(mask), place / f"{name}.pt")
-    if accelerator.is_main_process:
-        (place / "moved.json").write_text(json.dumps((mask ^ first).kept))
+    train_epochs(mft, 6, accelerator)
+    torch.save(dict(mft.bitmask()), Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
