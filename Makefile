@@ -12,17 +12,14 @@ JOBS ?= 0
 PRECISION ?=
 DATA ?=
 
-# Pages that only show results: pytest runs them, as every notebook, and compares their outputs.
-SHOWN := ^[_.]|^explanations$$|^tutorials$$
-
 # One thread a process: the numbers in notebooks and tests do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install parts reproduce results figures test notebooks bench readme docs clean
+.PHONY: help install parts reproduce results figures test test-oldest notebooks bench readme docs clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray PRECISION=float32\n"
 
@@ -49,17 +46,22 @@ results: install ## say how complete the grid is, print every table, draw every 
 figures: install ## draw figures/ from results/
 	$(BIN)/mft_figures
 
-test: parts ## export in sync, notebooks, pytest, ruff
+test: parts ## ruff, pytest; every notebook runs and its outputs are compared
 	$(BIN)/ruff check .
-	cd nbs && $(ONE_THREAD) ../$(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '$(SHOWN)'
 	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-oldest: ## the engine's tests on the lowest versions that settings.ini allows
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --requirement tests/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .
+	$(ONE_THREAD) .venv-oldest/bin/python -m pytest --ignore-glob '*test_study_*' --ignore-glob '*test_house_*'
 
 notebooks: parts ## run every notebook and save its outputs
 	$(BIN)/nbdev_export
 	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 	$(BIN)/nbdev_clean
 
-bench: parts ## measure what a step of MFT costs beside other ways; adds a record to results/bench/
+bench: parts ## measure what a step of MFT costs compared with other ways; adds a record to results/bench/
 	$(BIN)/mft_bench $(if $(DATA),--data "$(DATA)")
 
 readme: install ## make README.md from nbs/index.ipynb

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from .data import tokenise
 from .sharded import weights_sha256
 from mft_nb.survey import (
+    Layout,
     as_returned,
     check_trainable,
     evaluating,
@@ -235,7 +236,13 @@ KEPT = "kept_activations"  # the name under which they travel in a batch
 class KeptActivations:
     "What a layer takes as input, kept for a set of rows; made by `keep_activations`."
 
-    def __init__(self, path, layout, rows, weights_hash):
+    def __init__(
+        self,
+        path: Path,  # of the file with the values
+        layout: Layout,  # of the model
+        rows: Mapping[Any, Mapping],  # by key: the tokens of a row
+        weights_hash: str,  # of what lies below
+    ):
         lengths = [len(row["input_ids"]) for row in rows.values()]
         ends = np.cumsum(lengths).tolist()
         self.path = path

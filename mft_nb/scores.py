@@ -288,7 +288,7 @@ class MaskedWeight(nn.Module):
         return mask if self.units is None else self.units.spread(mask)
 
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
-    def forward(self, weight):
+    def forward(self, weight: Tensor) -> Tensor:
         mask = self.mask.to(weight.device)
         if is_sharded(weight):  # read outside of the forward pass of its layer
             return torch.where(same_parts(mask, weight), weight.detach(), 0)

@@ -316,7 +316,7 @@ class LayerScope(Scope):
 
     name = "layer"
 
-    def groups(self, names):
+    def groups(self, names: Iterable[str]) -> dict[str, str]:
         return {name: layer or name for name, layer in layer_names(names).items()}
 
 
@@ -325,7 +325,7 @@ class GlobalScope(Scope):
 
     name = "global"
 
-    def groups(self, names):
+    def groups(self, names: Iterable[str]) -> dict[str, str]:
         return dict.fromkeys(names, "")
 
 
@@ -334,7 +334,7 @@ class NeuronScope(Scope):
 
     name = "neuron"
 
-    def units(self, info):
+    def units(self, info: WeightInfo) -> Units:
         return neuron_units(info)
 
 
@@ -344,7 +344,7 @@ class HeadScope(Scope):
     name = "head"
     only = HEAD_OUTPUTS
 
-    def units(self, info):
+    def units(self, info: WeightInfo) -> Units:
         if not info.heads:
             raise ValueError(
                 f"{info.name} does not look like an attention's output projection, so scope 'head' "
@@ -370,7 +370,13 @@ class NofM(Scope):
         self.kept, self.size = kept, size
         self.fixed = kept / size
 
-    def select(self, scores, kept, infos, finder=None):
+    def select(
+        self,
+        scores: Sequence[Tensor],
+        kept: int,  # has no say here
+        infos: Sequence[WeightInfo],
+        finder: TopK | None = None,
+    ) -> list[Tensor]:
         pairs = zip(scores, infos, strict=True)
         return [n_of_m_mask(score, self.kept, self.size, info.input_dim) for score, info in pairs]
 

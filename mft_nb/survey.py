@@ -8,9 +8,10 @@ __all__ = ['lowest_layer', 'find_stack', 'need_right_padding', 'Layout', 'evalua
 
 # %% ../nbs/17_survey.ipynb #imports-survey
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ def lowest_layer(
     return f"{stack}.{min(indices)}"
 
 # %% ../nbs/17_survey.ipynb #15c9c397
-def find_stack(model, first_layer):
+def find_stack(
+    model: nn.Module,  # with numbered layers in a ModuleList
+    first_layer: str,  # dotted name of the first layer to run, as `lowest_layer` gives it
+) -> tuple[nn.ModuleList, int]:
     "The list that holds the layers, and the index of the first one that has to run."
     stack, _, number = first_layer.rpartition(".")
     lists = {
@@ -63,7 +67,9 @@ def find_stack(model, first_layer):
     return layers, int(number)
 
 # %% ../nbs/17_survey.ipynb #15753a05
-def need_right_padding(batch):
+def need_right_padding(
+    batch: Mapping[str, Tensor],  # of a collator, with attention_mask (rows, tokens)
+) -> None:
     "Refuse a batch that is not padded on the right: positions would shift."
     mask = batch["attention_mask"].bool()
     if not (mask[:, 0].all() and (mask[:, :-1] | ~mask[:, 1:]).all()):
@@ -91,7 +97,10 @@ class Layout:
     width: int  # of the hidden states
     dtype: torch.dtype  # of the hidden states
 
-    def above(self, name):
+    def above(
+        self,
+        name: str,  # of a module
+    ) -> bool:
         "Whether a module cannot influence what the first layer takes."
         stack, _, first = self.first_layer.rpartition(".")
         parts = name.split(".")
@@ -99,7 +108,10 @@ class Layout:
         higher = {f"{stack}.{index}" for index in range(int(first), len(self.sizes))}
         return not parents.isdisjoint(self.after | higher)
 
-    def below(self, model):
+    def below(
+        self,
+        model: nn.Module,  # that was surveyed
+    ) -> dict[str, Tensor]:  # by name
         "Every parameter, buffer and mask that can influence what the first layer takes."
         tensors = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -108,7 +120,9 @@ class Layout:
 
 # %% ../nbs/17_survey.ipynb #292bb637
 @contextmanager
-def evaluating(model):
+def evaluating(
+    model: nn.Module,  # any
+) -> Iterator[None]:
     "Without gradients and dropout; afterwards every module is in the mode it was in."
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -120,12 +134,18 @@ def evaluating(model):
             module.training = mode
 
 # %% ../nbs/17_survey.ipynb #5e2fd082
-def hidden_of(arguments, keywords):
+def hidden_of(
+    arguments: tuple,  # of a layer's forward
+    keywords: Mapping[str, Any],  # of the same
+) -> Tensor | None:  # (rows, tokens, width); None: there are none
     "The hidden states among the arguments of a layer."
     return arguments[0] if arguments else keywords.get("hidden_states")
 
 
-def as_returned(hidden, size):
+def as_returned(
+    hidden: Tensor,  # (rows, tokens, width)
+    size: int,  # of the tuple that the layer returns; 0: a bare tensor
+) -> Tensor | tuple:
     "Hidden states in the form in which a layer returns them."
     return (hidden, *[None] * (size - 1)) if size else hidden
 
@@ -153,7 +173,11 @@ def _watched(model, layers, batch):
     return entered, calls
 
 # %% ../nbs/17_survey.ipynb #9698202b
-def survey_layers(model, first_layer, batch):
+def survey_layers(
+    model: nn.Module,  # of transformers
+    first_layer: str,  # dotted name of the first layer to run
+    batch: Mapping[str, Tensor],  # padded on the right
+) -> Layout:
     "The layout of a model; ValueError where leaving its lower layers out would not be sound."
     layers, first = find_stack(model, first_layer)
     need_right_padding(batch)
@@ -182,7 +206,11 @@ def survey_layers(model, first_layer, batch):
     return Layout(first_layer, after, tuple(sizes), hidden.shape[-1], hidden.dtype)
 
 # %% ../nbs/17_survey.ipynb #c55ceeb4
-def check_trainable(model, layout, dropout):
+def check_trainable(
+    model: nn.Module,  # about to be trained
+    layout: Layout,  # of the model
+    dropout: bool,  # whether dropout rates are checked too
+) -> None:
     "Refuse to train what the kept activations leave out."
     for name, tensor in layout.below(model).items():
         if tensor.requires_grad:

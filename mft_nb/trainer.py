@@ -27,12 +27,18 @@ _GROUP = 200  # rows are drawn, then sorted in groups of so many batches
 class EpochSampler(LengthGroupedSampler):
     "Length-grouped batches whose order depends on the seed and the epoch only."
 
-    def __init__(self, batch_size, lengths, seed):
+    def __init__(
+        self,
+        batch_size: int,  # rows
+        lengths: list[int],  # of all rows, in tokens
+        seed: int,  # of the order
+    ):
         super().__init__(batch_size, lengths=lengths)
         self.seed = seed
         self.epoch = 0
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
+        "Go to the order of an epoch, counted from 0."
         self.epoch = epoch
 
     def __iter__(self):

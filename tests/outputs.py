@@ -70,10 +70,8 @@ def run(path):
         if cell.cell_type == "code":
             cell.outputs = []
     folder = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(
-        notebook, km=ForkedKernel(transport="ipc"), timeout=600, resources=folder, coalesce_streams=True
-    )
-    return client.execute()
+    settings = {"timeout": 600, "resources": folder, "coalesce_streams": True}
+    return NotebookClient(notebook, km=ForkedKernel(transport="ipc"), **settings).execute()
 
 
 def texts(output, digits=True):

@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-from mft_nb import plots
-from mft_nb.cli import grid_status
 from mft_nb.evidence import EVIDENCE
 from mft_nb.experiment import PUBLISHED, Place, missing_runs, plan, published_plan
 from mft_nb.inside import INSIDE
@@ -18,6 +15,9 @@ from mft_nb.results import (
     results_frame,
     summary,
 )
+
+from mft_nb import plots
+from mft_nb.cli import grid_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}

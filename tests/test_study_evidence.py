@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-
-from mft_nb import evidence, inside, plots
 from mft_nb.experiment import plan
 from mft_nb.ledger import PAPER, PROGRAM, SEED, ledger
 from mft_nb.results import prediction_rows, results_frame, summary, write_record
+
+from mft_nb import evidence, inside, plots
 
 STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
 ACCURACY = {"baseline": 0.5, "75": 0.76, "90": 0.9}

@@ -1,6 +1,6 @@
 """The outputs in the notebooks are those of a fresh run from top to bottom.
 
-Every other notebook; the rest is in test_outputs_more, since tests go by file.
+Every other notebook; the rest is in test_house_outputs_more, since tests go by file.
 """
 
 import pytest

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from mft_nb.bench import MODELS, bench_model, figures, mft_bench, ratio_figure, switch_passes
 from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import bench
-from mft_nb.bench import MODELS, bench_model, figures, mft_bench, ratio_figure, switch_passes
 
 
 def tiny():

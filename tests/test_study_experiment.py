@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-
 from mft_nb.experiment import Place, Run, do_run, missing_runs, run_missing
 from mft_nb.results import CHANGING, read_predictions, read_record, read_records
+
 from tests.tiny import PROFILE, RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
