@@ -160,7 +160,9 @@ def test_compiled_model_follows_the_mask():
 def test_gradient_checkpointing_gives_the_same_mask(trained, reentrant):
     mft = MFT(tiny_bert(), CONFIG)
     mft.model.train()
-    mft.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model = mft.model  # transformers 5 has a new name for it
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     if reentrant:
         mft.model.enable_input_require_grads()
     train_steps(mft)
@@ -517,15 +519,16 @@ def test_a_mask_of_magnitudes_is_where_training_starts(scope, keep):
 def test_training_in_bfloat16_keeps_scores_in_float32_and_evaluates_as_before():
     tokenizer = AutoTokenizer.from_pretrained(fetch_model("minilm"))
     rows = load_snippets()["train"].select(range(16))
-    losses, before = {}, copied_state(tiny_bert(vocab_size=len(tokenizer)))
+    losses, trained, before = {}, {}, copied_state(tiny_bert(vocab_size=len(tokenizer)))
     for precision in ("float32", "bfloat16"):
         mft = MFT(tiny_bert(vocab_size=len(tokenizer)), MaskConfig())
         config = TrainConfig(precision=precision, epochs=1.0, batch_size=8)
         losses[precision] = np.array(fit(mft, tokenizer, rows, config, progress=False).loss)[:, 1]
         assert {scores.dtype for scores in mft.scores} == {torch.float32}
+        trained[precision] = torch.cat([scores.detach().flatten() for scores in mft.scores])
         assert not torch.is_autocast_enabled("cpu")
         assert same_state(mft.unload(), before)
-    assert (losses["float32"] != losses["bfloat16"]).any()
+    assert not torch.equal(trained["float32"], trained["bfloat16"])
     assert np.allclose(losses["float32"], losses["bfloat16"], atol=1e-2)
     with pytest.raises(ValueError, match="precision is 'half'; allowed are float32, bfloat16"):
         TrainConfig(precision="half")
