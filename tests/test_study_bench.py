@@ -1,12 +1,23 @@
 """The benchmark, whole, on a small model."""
 
 import json
+from pathlib import Path
 
 import pytest
-from mft_nb.bench import MODELS, bench_model, figures, mft_bench, ratio_figure, switch_passes
 from transformers import BertConfig, BertForSequenceClassification
 
-from mft_nb import bench
+from mft_nb.study.bench import (
+    bench_model,
+    figures,
+    mft_bench,
+    print_figures,
+    ratio_figure,
+    switch_passes,
+)
+from mft_nb.study.bench_ways import MODELS, WAYS
+from tests.commands import call_here
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny():
@@ -19,7 +30,7 @@ def tiny():
 def test_a_model_is_measured_whole(monkeypatch):
     monkeypatch.setitem(MODELS, "minilm", tiny)
     found = bench_model("minilm", rounds=1, progress=False)
-    assert set(found["seconds"]) == set(bench.WAYS)
+    assert set(found["seconds"]) == set(WAYS)
     assert 0 < found["share_of_peak"] < 2
     assert 0 < sum(one["share"] for one in found["profile"]) <= 1
     rows = figures({"happened": {"models": {"bert_base": found}}})
@@ -32,7 +43,7 @@ def test_a_model_is_measured_whole(monkeypatch):
     assert len(limited) == 7
 
 
-def test_switches_are_measured_beside_passes():
+def test_switches_are_compared_with_passes():
     found = switch_passes(rounds=4, layers=1, hidden=16, threads=(1,), progress=False)
     kinds = ("switch", "pass", "pass in place")
     assert {name: len(seconds) for name, seconds in found["1"].items()} == dict.fromkeys(kinds, 4)
@@ -48,7 +59,7 @@ def test_switches_are_measured_beside_passes():
 
 
 def test_records_draw_with_and_without_switches():
-    path = sorted(bench.Path(__file__).parents[1].glob("results/bench/cpu-*.json"))[-1]
+    path = sorted(ROOT.glob("results/bench/cpu-*.json"))[-1]
     record = json.loads(path.read_text())
     without = {**record, "happened": {k: v for k, v in record["happened"].items() if k != "switch"}}
     times = {"switch": [3.1], "pass": [1.0], "pass in place": [0.5]}
@@ -58,17 +69,17 @@ def test_records_draw_with_and_without_switches():
         for one in (without, record)
     ]
     assert labels[0] == labels[1] and labels[0]
-    bench.print_figures(record)
+    print_figures(record)
 
 
-def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="models holds 'big'; known are minilm"):
-        mft_bench(out=tmp_path, models="big")
+def test_an_unknown_model_is_refused(tmp_path, capsys):
+    status, said = call_here(mft_bench, capsys, out=tmp_path, models="big")
+    assert status == 2 and "models holds 'big'" in said and "minilm" in said
     assert not list(tmp_path.iterdir())
 
 
 def test_published_records_say_what_was_asked():
-    for path in bench.Path(__file__).parents[1].glob("results/bench/*.json"):
+    for path in ROOT.glob("results/bench/*.json"):
         record = json.loads(path.read_text())
         assert set(record) == {"asked", "happened", "where"}
         assert figures(record)

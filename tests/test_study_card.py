@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 
 from mft_nb.card import mask_card
-from mft_nb.study.records import (
-    describe_mask,
-    prediction_rows,
-    record_result,
-    summary,
-    write_record,
-)
+from mft_nb.study.recording import describe_mask, record_result, write_record
+from mft_nb.study.records import prediction_rows, summary
 from mft_nb.study.tables import results_frame
 from tests.test_card import ABOUT, save_toy
 

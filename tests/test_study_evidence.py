@@ -2,18 +2,23 @@
 
 import numpy as np
 import pytest
-from mft_nb.experiment import plan
-from mft_nb.ledger import PAPER, PROGRAM, SEED, ledger
-from mft_nb.results import prediction_rows, results_frame, summary, write_record
 
-from mft_nb import evidence, inside, plots
+from mft_nb.study.claims import BERT_MFT, PAPER, PROGRAM, ledger
+from mft_nb.study.effects import effects, harmless_fraction
+from mft_nb.study.figures.inside import flipped_figure
+from mft_nb.study.figures.studies import STUDY_FIGURES, waterfall_figure
+from mft_nb.study.figures.style import save_figure
+from mft_nb.study.plan import plan
+from mft_nb.study.recording import write_record
+from mft_nb.study.records import MissingRecords, prediction_rows, summary
+from mft_nb.study.tables import results_frame
 
 STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
 ACCURACY = {"baseline": 0.5, "75": 0.76, "90": 0.9}
 
 
 def made_up(run, drawn):
-    """Predictions of a run: as accurate as its checkpoint, less what it cuts, plus what it is."""
+    """Predictions of a run: as accurate as its checkpoint, less what it prunes, plus what it is."""
     accuracy = ACCURACY[run.checkpoint] - 0.2 * (0.9 - run.keep) * (run.keep < 0.9)
     accuracy += {"continued": 0.03, "mft_seed": -0.06}.get(run.method, 0)
     accuracy += 0.05 if run.variant.startswith("l1_") else 0
@@ -25,7 +30,7 @@ def made_up(run, drawn):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Records of every study for three seeds."""
-    place = tmp_path_factory.mktemp("results") / "made_up"
+    made = tmp_path_factory.mktemp("results") / "made_up"
     drawn = np.random.default_rng(0)
     for run in plan("sst2", (0, 1, 2), STUDIES):
         rows = made_up(run, drawn)
@@ -34,13 +39,13 @@ def folder(tmp_path_factory):
         happened = {"test": summary(rows), "validation": summary(rows)}
         if run.method != "none":
             happened["mask"] = {"density": run.keep}
-        target = place if run.study == "table" else place / run.study
+        target = made if run.study == "table" else made / run.study
         write_record(target, run.name, asked, happened, {}, rows)
-    return place
+    return made
 
 
 def test_effects_find_what_was_put_in(folder):
-    found = evidence.effects(results_frame(folder, ("controls",)))
+    found = effects(results_frame(folder, ("controls",)))
     top = found[found.checkpoint == "90"].set_index("method")
     assert top.loc["continued"].low < 0.03 < top.loc["continued"].high
     assert top.loc["mft_seed"].difference < -0.04
@@ -50,12 +55,12 @@ def test_effects_find_what_was_put_in(folder):
 
 @pytest.mark.parametrize("name", ["effects", "waterfall", "ablations", "curves"])
 def test_each_figure_is_drawn(name, folder, tmp_path):
-    figure = evidence.EVIDENCE[name](folder)
-    assert plots.save_figure(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
+    figure = STUDY_FIGURES[name](folder)
+    assert save_figure(figure, tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_the_ledger_judges_what_was_put_in(folder):
-    settings = dict.fromkeys((SEED, PROGRAM, PAPER), "")
+    settings = dict.fromkeys((BERT_MFT, PROGRAM, PAPER), "")
     verdicts = ledger(folder, settings).set_index("claim").verdict
     hurts = verdicts["MFT hurts the 90 % model"]  # 6 points put in; one more run may show 3.3
     assert hurts == "replicates"
@@ -64,18 +69,18 @@ def test_the_ledger_judges_what_was_put_in(folder):
 
 
 def test_the_waterfall_names_the_repair(folder):
-    title = evidence.waterfall_figure(folder).texts[0].get_text().replace("\n", " ")
+    title = waterfall_figure(folder).texts[0].get_text().replace("\n", " ")
     assert "L1" in title and "repairs most" in title
 
 
-def test_a_share_that_costs_a_point_is_found(folder):
+def test_a_fraction_that_costs_a_point_is_found(folder):
     frame = results_frame(folder, ("curves",))
-    assert 0.1 < evidence.harmless_share(frame, "90", "random", loss=0.05) < 0.5
+    assert 0.1 < harmless_fraction(frame, "90", "random", loss=0.05) < 0.5
 
 
 def test_without_records_a_figure_says_so(tmp_path):
-    for draw in evidence.EVIDENCE.values():
-        with pytest.raises((plots.MissingRecords, FileNotFoundError), match="records|runs|insp"):
+    for draw in STUDY_FIGURES.values():
+        with pytest.raises((MissingRecords, FileNotFoundError), match="records|runs|insp"):
             draw(tmp_path)
 
 
@@ -83,10 +88,10 @@ def test_half_a_study_is_drawn_or_refused_by_name(folder, tmp_path):
     for name in ("seed0-90-none", "seed0-90-mft_seed"):
         for path in folder.glob(f"{name}.*"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(plots.MissingRecords, match="our recipe"):
-        inside.turned_figure(tmp_path)
+    with pytest.raises(MissingRecords, match="our recipe"):
+        flipped_figure(tmp_path)
     (tmp_path / "waterfall").mkdir()
     for path in (folder / "waterfall").glob("seed0-90-mft_seed-l1_start.*"):
         (tmp_path / "waterfall" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(plots.MissingRecords, match="one change alone"):
-        evidence.waterfall_figure(tmp_path)
+    with pytest.raises(MissingRecords, match="one change alone"):
+        waterfall_figure(tmp_path)

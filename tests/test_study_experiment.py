@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from mft_nb.experiment import Place, Run, do_run, missing_runs, run_missing
-from mft_nb.results import CHANGING, read_predictions, read_record, read_records
 
+from mft_nb.study.plan import Run, Workspace
+from mft_nb.study.records import CHANGING, read_predictions, read_record, read_records
+from mft_nb.study.runner import do_run, missing_runs, run_missing
 from tests.tiny import PROFILE, RUNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ def whole(tmp_path_factory):
 def killed(tmp_path_factory):
     """Records of a run that was killed after its first record, and started again."""
     out = tmp_path_factory.mktemp("killed")
-    folder = Place(str(out)).records("tiny")
+    folder = Workspace(str(out)).records("tiny")
     process = start(out)
     deadline = time.monotonic() + 300
     while not list(folder.glob("*.json")) and time.monotonic() < deadline:
@@ -57,28 +58,28 @@ def killed(tmp_path_factory):
 
 
 def test_every_run_has_a_record(whole):
-    assert missing_runs(RUNS, Place(str(whole))) == []
-    names = {record["name"] for record in read_records(Place(str(whole)).records("tiny"))}
+    assert missing_runs(RUNS, Workspace(str(whole))) == []
+    names = {record["name"] for record in read_records(Workspace(str(whole)).records("tiny"))}
     assert names == {run.name for run in RUNS} | {"seed0-fine_tuning"}
 
 
 def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
-    one = read_records(Place(str(whole)).records("tiny"))
-    two = read_records(Place(str(killed)).records("tiny"))
+    one = read_records(Workspace(str(whole)).records("tiny"))
+    two = read_records(Workspace(str(killed)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]
 
 
 def test_a_ray_cluster_of_two_workers_makes_the_same_records(whole, tmp_path):
     assert start(tmp_path, "ray").wait() == 0
-    one = read_records(Place(str(whole)).records("tiny"))
-    two = read_records(Place(str(tmp_path)).records("tiny"))
+    one = read_records(Workspace(str(whole)).records("tiny"))
+    two = read_records(Workspace(str(tmp_path)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]
 
 
 def test_the_pull_on_scores_is_recorded(whole):
-    place = Place(str(whole))
+    workspace = Workspace(str(whole))
     run = Run("tiny", 0, "90", "pull", 1.0, "inspections")
-    pulls = read_record(do_run(run, PROFILE, place, {"progress": False}))["happened"]["pulls"]
+    pulls = read_record(do_run(run, PROFILE, workspace, {"progress": False}))["happened"]["pulls"]
     assert pulls["mft_seed"]["penalty"] == 1e-4
     assert pulls["mft_seed"]["task"] == pulls["mft_seed, mean"]["task"] > 0
     assert pulls["mft_seed"]["outweighed"] > pulls["mft_seed, mean"]["outweighed"]
@@ -87,11 +88,11 @@ def test_the_pull_on_scores_is_recorded(whole):
 
 def test_an_unknown_engine_is_refused(tmp_path):
     with pytest.raises(ValueError, match="engine is 'slurm'; allowed are processes, ray"):
-        run_missing(RUNS, Place(str(tmp_path)), profile=PROFILE, engine="slurm")
+        run_missing(RUNS, Workspace(str(tmp_path)), profile=PROFILE, engine="slurm")
 
 
 def test_nothing_half_written_stays(killed):
-    folder = Place(str(killed)).records("tiny")
+    folder = Workspace(str(killed)).records("tiny")
     stems = {path.stem for path in folder.glob("*.json")}
     for path in folder.iterdir():
         assert path.suffix in (".json", ".csv")
@@ -99,16 +100,16 @@ def test_nothing_half_written_stays(killed):
 
 
 def test_a_second_run_does_nothing(whole):
-    folder = Place(str(whole)).records("tiny")
+    folder = Workspace(str(whole)).records("tiny")
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert run_missing(RUNS, Place(str(whole)), profile=PROFILE, progress=False) == 0
+    assert run_missing(RUNS, Workspace(str(whole)), profile=PROFILE, progress=False) == 0
     assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_a_missing_record_is_made_anew_and_equal(whole):
-    place = Place(str(whole))
-    path = place.records("tiny") / "seed0-90-random.json"
+    workspace = Workspace(str(whole))
+    path = workspace.records("tiny") / "seed0-90-random.json"
     before = json.loads(path.read_text())
     path.unlink()
-    assert run_missing(RUNS, place, jobs=1, profile=PROFILE, progress=False) == 1
+    assert run_missing(RUNS, workspace, jobs=1, profile=PROFILE, progress=False) == 1
     assert lasting(json.loads(path.read_text())) == lasting(before)

@@ -4,20 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from mft_nb.evidence import EVIDENCE
-from mft_nb.experiment import PUBLISHED, Place, missing_runs, plan, published_plan
-from mft_nb.inside import INSIDE
-from mft_nb.ledger import LEDGER
-from mft_nb.results import (
-    read_predictions,
-    read_record,
-    read_records,
-    results_frame,
-    summary,
-)
 
-from mft_nb import plots
-from mft_nb.cli import grid_status
+from mft_nb.study.cli import grid_status
+from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
+from mft_nb.study.figures.table import GRADIENT_SWEEP, KEEP_SWEEP
+from mft_nb.study.plan import PUBLISHED, Workspace, plan, published_plan
+from mft_nb.study.records import read_predictions, read_record, read_records, summary
+from mft_nb.study.runner import missing_runs
+from mft_nb.study.tables import results_frame
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}
@@ -25,15 +19,15 @@ PLANS = {"embedded": (0, 1, 2), "sst2": (0, 1, 2, 3, 4)}
 
 @pytest.mark.parametrize("profile", PLANS)
 def test_the_plan_is_complete(profile):
-    assert missing_runs(plan(profile, PLANS[profile]), Place(str(ROOT))) == []
+    assert missing_runs(plan(profile, PLANS[profile]), Workspace(str(ROOT))) == []
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)
 def test_a_record_tells_of_the_run_that_was_planned(profile):
-    place = Place(str(ROOT))
+    workspace = Workspace(str(ROOT))
     for run in published_plan(profile):
-        if place.record(run).exists():
-            asked = read_record(place.record(run))["asked"]
+        if workspace.record(run).exists():
+            asked = read_record(workspace.record(run))["asked"]
             told = [asked[field] for field in ("seed", "checkpoint", "method", "keep")]
             assert told == [run.seed, run.checkpoint, run.method, run.keep], run.name
 
@@ -59,20 +53,20 @@ def test_runs_share_data_weights_and_test_sentences(profile):
 
 
 @pytest.mark.parametrize("profile", PLANS)
-def test_masks_of_the_table_cut_exactly_as_many(profile):
+def test_masks_of_the_table_prune_exactly_as_many(profile):
     records = read_records(ROOT / "results" / profile)
-    cut = {
+    pruned = {
         record["happened"]["mask"]["total"] - record["happened"]["mask"]["kept"]
         for record in records
         if record["asked"]["method"] not in ("none", "fine_tuning", "gradient_all")
         and record["asked"]["keep"] == 0.9
     }
-    assert len(cut) == 1
+    assert len(pruned) == 1
 
 
 def test_the_plan_makes_what_the_figures_need():
     planned = {run.name for run in plan("embedded")}
-    for stem in plots.GRADIENT_SWEEP + plots.KEEP_SWEEP:
+    for stem in GRADIENT_SWEEP + KEEP_SWEEP:
         assert f"seed0-{stem}" in planned
 
 
@@ -87,8 +81,7 @@ def test_the_grid_status_counts_records():
 
 
 def test_published_figures_are_those_of_the_records(tmp_path):
-    every = plots.FIGURES | EVIDENCE | INSIDE | LEDGER
-    drawn = {path.name for path in plots.draw_all(ROOT / "results", tmp_path, every)}
+    drawn = {path.name for path in draw_all(ROOT / "results", tmp_path, ALL_FIGURES)}
     published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
     assert drawn == {name for name in published if not name.startswith("front_page")}
     for name in drawn:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mft_nb.data import fingerprint, leak, load_sst2
+from mft_nb.study.datasets import fingerprint, leak, load_sst2
 
-BESIDE = Path(__file__).resolve().parent.parent.parent / "shared" / "sst2"
-FOLDER = Path(os.environ.get("MFT_SST2_DIR") or BESIDE)
+NEXT_TO_IT = Path(__file__).resolve().parent.parent.parent / "shared" / "sst2"
+FOLDER = Path(os.environ.get("MFT_SST2_DIR") or NEXT_TO_IT)
 
 
 @pytest.fixture(scope="module")
