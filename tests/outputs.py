@@ -31,7 +31,7 @@ def serve(connection_file, folder):
 
     os.chdir(folder)
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
-    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with])
+    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, "--log-level=ERROR"])
 
 
 class ForkedKernel(AsyncKernelManager):
@@ -71,7 +71,7 @@ def run(path):
             cell.outputs = []
     folder = {"metadata": {"path": str(path.parent)}}
     settings = {"timeout": 600, "resources": folder, "coalesce_streams": True}
-    return NotebookClient(notebook, km=ForkedKernel(transport="ipc"), **settings).execute()
+    return NotebookClient(notebook, km=ForkedKernel(), **settings).execute()
 
 
 def texts(output, digits=True):
