@@ -98,6 +98,15 @@ def test_a_group_counts_each_backward_pass_once():
     assert seen == [1, 2, 3]  # one for each of its three weights
 
 
+def test_a_mask_follows_its_scores_before_any_forward_pass():
+    mft = MFT(Stack(), config())
+    before = mft.bitmask()
+    with torch.no_grad():
+        for score in mft.scores:
+            score.neg_()
+    assert (mft.bitmask() & before).density < 0.7  # at most 0.6 but for rounding
+
+
 @pytest.mark.parametrize("init", ["normal", "ones"])
 def test_scores_are_made_where_the_weight_is(init):
     scores = initial_scores(torch.ones(2, 3, device="meta"), init, 1.0, torch.Generator())
