@@ -224,7 +224,7 @@ def _make_room(path, needed, limit):
             excess -= size
     if excess > 0:
         raise ValueError(
-            f"limit is {limit:,} bytes, but the kept activations need {needed:,}, in addition to those in "
+            f"limit is {limit:,} bytes, but the kept activations need {needed:,}, besides those in "
             f"use {excess:,} too many. Give a larger limit, or train without kept activations."
         )
     _unlink(chosen)

@@ -66,9 +66,7 @@ def choose_weights(
         inside = maskable_weights(model, config.layers, (), config.exclude_modules)
         inside = {name: weight for name, weight in inside.items() if re.search(scope.only, name)}
         targets = () if inside else (scope.only,)  # refused below, with the names that there are
-    weights = inside or maskable_weights(
-        model, config.layers, targets, config.exclude_modules
-    )
+    weights = inside or maskable_weights(model, config.layers, targets, config.exclude_modules)
     if not targets and not scope.only:
         warn_unreached(model, weights, config.layers, config.exclude_modules)
     return list(weights)

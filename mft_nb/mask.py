@@ -155,9 +155,7 @@ def _put_on(self: MFT, mask):
         if self.config.l1:
             masked = list(self._masked.values())
             self._penalty = Penalty(masked, self.config.l1, self.config.l1_reduction)
-            self._handles.append(
-                self.model.register_forward_hook(self._penalty, with_kwargs=True)
-            )
+            self._handles.append(self.model.register_forward_hook(self._penalty, with_kwargs=True))
     except BaseException:
         self._remove(leave=False)
         raise
@@ -231,7 +229,7 @@ def _check_in_place(self: MFT):
         if ours and list(module.parametrizations.weight) == [self._masked[name]]:
             if module.parametrizations.weight.original.is_meta:
                 raise RuntimeError(
-                    f"The weight {name!r} is not in memory (device meta), as after offloading. Load "
+                    f"The weight {name!r} is not in memory (device meta), as if offloaded. Load "
                     "the whole model, without device_map or offloading, and put the mask on then."
                 )
             continue
@@ -401,7 +399,9 @@ def _check_removable(self: MFT):
 @patch
 def _check_whole(self: MFT):
     "Refuse a model whose weights are shared out among processes."
-    if any(is_sharded(module.parametrizations.weight.original) for module in self._modules.values()):
+    if any(
+        is_sharded(module.parametrizations.weight.original) for module in self._modules.values()
+    ):
         raise RuntimeError(
             "The model is sharded by FSDP, so the mask cannot be taken off, merged or saved with "
             "the model here. Save it with save_pretrained(folder) on all ranks, and load it on the "

@@ -6,7 +6,7 @@
 __all__ = ['KNOWN_MODELS', 'fetch_model', 'load_classifier']
 
 # %% ../nbs/16_model.ipynb #need-model
-from .files import check_sha256, fetch_archive, cache_folder, need_extra, whole
+from .files import cache_folder, check_sha256, fetch_archive, need_extra, whole
 
 # %% ../nbs/16_model.ipynb #need-model-1
 need_extra("train", "mft_nb.model")

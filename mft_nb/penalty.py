@@ -76,7 +76,7 @@ class Penalty:
             warnings.warn(
                 f"In {passes} backward passes the penalty on the scores (l1={self.l1}) had no part "
                 "in the loss: it is added to the loss that the model returns, and another one was "
-                "used, as by a Trainer that computes its own, or the model is in evaluation mode. Add mft.penalty() to that loss, or "
+                "used, or the model is in evaluation mode. Add mft.penalty() to that loss, or "
                 "give MaskConfig(l1=0).",
                 stacklevel=2,
             )

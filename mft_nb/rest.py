@@ -103,7 +103,9 @@ class Rest:
         self._masked = list(masked)
         self._saved = set(model.state_dict()) - set(self._masked)
         self.trained = {name: parameters[name].detach().clone() for name in trained}
-        self.buffers = {n: b.detach().clone() for n, b in model.named_buffers() if _is_kept(model, n)}
+        self.buffers = {
+            n: b.detach().clone() for n, b in model.named_buffers() if _is_kept(model, n)
+        }
         base = {name: parameters[name].detach() for name in self._masked}
         self._digests = tensor_digests(self.untouched() | base)
         known = {*self._masked, *self.trained}
@@ -177,7 +179,7 @@ def check_restorable(self: Rest) -> None:
         if now[name].shape != before.shape:
             raise ValueError(
                 f"{name!r} had the shape {tuple(before.shape)} when the mask was put on and has "
-                f"{tuple(now[name].shape)} now, so the base cannot be given back. Resize it to what "
+                f"{tuple(now[name].shape)} now, so the base cannot be given back. Resize it as "
                 "it was, or call merge_and_unload() to keep the model as it is."
             )
 
@@ -235,7 +237,7 @@ def warn_of_changes(
     "Warn of parameters that changed by hand, or were added, and are in no file."
     if changed := self.changed_by_hand(base) + self.added():
         warnings.warn(
-            f"{_listed(changed)} changed or were added since the mask was put on, and the mask file "
+            f"{_listed(changed)} changed or came in since the mask was put on, and the mask file "
             "does not hold them. Name modules that are not masked in modules_to_save, or save the "
             "model as it is.",
             stacklevel=4,

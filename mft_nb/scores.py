@@ -130,7 +130,9 @@ class ScoreGroup:
         if now is None or now is not self._found[0]:
             self._found = (now, self._find(ranked))
         found = self._found[1]
-        return mask_at(ranked[place], found, place) if isinstance(found, Threshold) else found[place]
+        return (
+            mask_at(ranked[place], found, place) if isinstance(found, Threshold) else found[place]
+        )
 
     def _find(self, ranked):
         "The masks of all members, or the threshold where some are sharded."
@@ -144,7 +146,9 @@ class ScoreGroup:
     def _neighbours(self, ranked):
         "The masks where neighbours compete: rows are whole on each process, so nothing is counted."
         infos = [member.info for member in self.members]
-        if any(is_sharded(one) and not info.input_dim for one, info in zip(ranked, infos, strict=True)):
+        if any(
+            is_sharded(one) and not info.input_dim for one, info in zip(ranked, infos, strict=True)
+        ):
             raise RuntimeError(
                 f"scope is {self.scope.name!r}, which is not supported where FSDP shards a weight "
                 f"along its inputs, as of {infos[0].name}. Choose another scope."
@@ -254,7 +258,7 @@ class MaskedWeight(nn.Module):
         if scores.dtype != self._score_dtype:
             kind = str(scores.dtype).removeprefix("torch.")
             raise RuntimeError(
-                f"The scores of {self.info.name} are rounded to {kind}, as by FSDP's mixed precision, "
+                f"The scores of {self.info.name} are rounded to {kind}, as FSDP can do, "
                 "so the mask in use would not be the one that is saved. Leave param_dtype out and "
                 "use torch.autocast."
             )
@@ -273,7 +277,7 @@ class MaskedWeight(nn.Module):
         self._watched = ()
 
     def _watch_gradients(self):
-        "Let the scores tell of a gradient that arrives in `.grad`; `torch.autograd.grad` brings none."
+        "Let the scores tell of a gradient that arrives in `.grad`."
         if not self._watched or self._watched[0] is not self.scores:
             self._watched = (self.scores,)
             self.scores.register_post_accumulate_grad_hook(self._note_accumulated)

@@ -126,7 +126,7 @@ def _bin_from_above(histogram, kept):
 
 @dataclass(frozen=True)
 class Threshold:
-    "The threshold of scores that compete: what lies above the key is kept, and some of what lies on it."
+    "Of scores that compete: what lies above the key is kept, and some of what lies on it."
 
     key: int  # of the smallest score that stays, see `_keys`
     ties: tuple[int, ...]  # by tensor: how many of the scores on the key stay there, the first ones

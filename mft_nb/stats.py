@@ -270,7 +270,9 @@ def majority_share(
     labels: np.ndarray,  # (n,) 0 or 1: the true classes
 ) -> float:  # accuracy of the best constant predictor, a fraction in [0.5, 1]
     "Accuracy of always naming the more frequent class."
-    return float(class_fractions(_check_binary("labels", labels, "number the classes 0 and 1")).max())
+    return float(
+        class_fractions(_check_binary("labels", labels, "number the classes 0 and 1")).max()
+    )
 
 
 def class_fractions(

@@ -65,7 +65,7 @@ class _Block:
 
 
 class _Guard:
-    "Hooks of a model that keep order among its callers; as long as a mask is in force they keep its switch."
+    "Hooks of a model: they keep order among callers, and the switch of a mask in force."
 
     def __init__(self, switch=None):
         self.switch = weakref.ref(switch) if switch else lambda: None

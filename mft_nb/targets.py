@@ -368,7 +368,7 @@ def unreached_weights(
     layers: str | Iterable[int] | None = None,  # chosen layers; None: those of the chosen weights
     exclude_modules: Iterable[str] = (),  # patterns of what is left whole on purpose
 ) -> dict[str, int]:  # by name: how many weights; matrices and larger, embeddings left out
-    "Weights in the same layers as the chosen ones that are left whole, because no mask reaches them."
+    "Weights in the layers of the chosen ones that are left whole: no mask reaches them."
     chosen = set(chosen)
     places = _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE)
     inside = {places[name].layer for name in chosen if name in places}

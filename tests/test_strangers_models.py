@@ -268,6 +268,7 @@ def texts(error):
     ids="save pickle export fullgraph trace script grad vmap".split(),
 )
 def test_what_cannot_work_says_to_merge_first(way):
+    torch._dynamo.reset()  # what other tests compiled
     mft = MFT(Stack(), config())
     right = mft.model(INPUTS)
     with pytest.raises(Exception) as error:
