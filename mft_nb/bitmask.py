@@ -471,29 +471,6 @@ class AppliedMask:
         torch.clear_autocast_cache()
         self._values = {}
 
-    def base_weights(self) -> dict[str, Tensor]:  # copies, by name
-        "The weights as they are without the mask."
-        found = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        for name, zero in self._zeros() if self._values else ():
-            found[name][zero] = self._values[name]
-        return found
-
-    def check_zeros(self) -> None:
-        "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
-        for name, zero in self._zeros():
-            if self.weights[name].detach()[zero].any():
-                raise RuntimeError(
-                    f"The weight {name!r} is no longer zero where the mask prunes it, as after "
-                    "training it or merging an adapter into it. Take the mask off, which gives "
-                    "the pruned weights the values of before; to train a pruned model and keep "
-                    "it pruned, merge the mask first and hold the zeros in your own loop."
-                )
-
-    def keep(self) -> None:
-        "Leave the zeros for good: there is nothing to undo any more."
-        release(self.weights, self)
-        self._values = {}
-
     def __setstate__(self, state):  # a copy holds the weights of its own model
         self.__dict__.update(state)
         if self._values:
@@ -504,6 +481,35 @@ class AppliedMask:
 
     def __exit__(self, *_):
         self.undo()
+
+# %% ../nbs/05_bitmask.ipynb #applied-more
+@patch
+def base_weights(self: AppliedMask) -> dict[str, Tensor]:  # copies, by name
+    "The weights as they are without the mask."
+    found = {name: weight.detach().clone() for name, weight in self.weights.items()}
+    for name, zero in self._zeros() if self._values else ():
+        found[name][zero] = self._values[name]
+    return found
+
+
+@patch
+def check_zeros(self: AppliedMask) -> None:
+    "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
+    for name, zero in self._zeros():
+        if self.weights[name].detach()[zero].any():
+            raise RuntimeError(
+                f"The weight {name!r} is no longer zero where the mask prunes it, as after "
+                "training it or merging an adapter into it. Take the mask off, which gives "
+                "the pruned weights the values of before; to train a pruned model and keep "
+                "it pruned, merge the mask first and hold the zeros in your own loop."
+            )
+
+
+@patch
+def keep(self: AppliedMask) -> None:
+    "Leave the zeros for good: there is nothing to undo any more."
+    release(self.weights, self)
+    self._values = {}
 
 # %% ../nbs/05_bitmask.ipynb #d81b6a3f
 _STRIP, _MOST = (6, 96), 24  # blocks of a matrix in a picture, rows and columns; matrices

@@ -135,10 +135,17 @@ def _check_source(source):
         ) from None
     print(f"{source} is no folder here and none of {known}; asking the hub for it", file=sys.stderr)
 
-# %% ../nbs/22_cli.ipynb #4f22ff6d
+# %% ../nbs/22_cli.ipynb #fit-helpers
 _COMMA = r",(?![^{]*\})"  # between patterns; not that of {1,2} within one
 
 
+def _warn_of_old_card(card):
+    "Say that a model card is of an earlier mask."
+    if card.exists():
+        old = "is of an earlier mask; mft_nb.card.write_card makes it anew"
+        print(f"{card} {old}", file=sys.stderr)
+
+# %% ../nbs/22_cli.ipynb #4f22ff6d
 @call_parse
 @plain_errors
 def mft_fit(
@@ -166,9 +173,9 @@ def mft_fit(
     from mft_nb.mask import MFT
     from mft_nb.train import TrainConfig, fit, predict
 
-    given = {"learning_rate": learning_rate, "batch_size": batch_size}
+    given = {"epochs": epochs, "max_length": max_length, "seed": seed}
+    given |= {"learning_rate": learning_rate, "batch_size": batch_size}
     given = {name: value for name, value in given.items() if value is not None}
-    given |= {"epochs": epochs, "max_length": max_length, "seed": seed}
     settings = replace(TrainConfig.recipe(recipe), **given)
     config = replace(
         MaskConfig.recipe(recipe),
@@ -192,26 +199,16 @@ def mft_fit(
     mft.print_trainable_parameters()
     before = predict(mft.unload(), tokenizer, held, max_length=max_length)
     mft = MFT(classifier, config)
-    history = fit(
-        mft,
-        tokenizer,
-        train_rows,
-        settings,
-        kept=keep_activations,
-        folder=Path(out) / "unfinished",
-        save_every=100,
-        label="fit",
-        progress=not quiet,
-    )
+    options = {"folder": Path(out) / "unfinished", "save_every": 100, "label": "fit"}
+    options |= {"kept": keep_activations, "progress": not quiet}
+    history = fit(mft, tokenizer, train_rows, settings, **options)
     path = mft.save_pretrained(out)
     write_whole(Path(out) / "history.json", json.dumps(asdict(history)))
     after = predict(mft.model, tokenizer, held, max_length=max_length)
     print(f"{len(held)} held-out sentences, {len(train_rows)} trained on")
     print(_describe(before, after, held.with_format("numpy")["label"][:]))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
-    if (Path(out) / "README.md").exists():
-        old = "is of an earlier mask; mft_nb.card.write_card makes it anew"
-        print(f"{Path(out) / 'README.md'} {old}", file=sys.stderr)
+    _warn_of_old_card(Path(out) / "README.md")
 
 # %% ../nbs/22_cli.ipynb #c8cb289c
 @call_parse

@@ -55,7 +55,7 @@ class _NoPickle:
             "mft.state_dict(), or call merge_and_unload() first."
         )
 
-
+# %% ../nbs/12_mask.ipynb #class-mft
 class MFT:
     "Mask Fine-Tuning on a model: scores on frozen weights, and the mask that they make."
 
@@ -213,7 +213,7 @@ def _check_on(self: MFT):
             "The mask was taken off its model. Make a new MFT(model, config) to go on."
         )
 
-
+# %% ../nbs/12_mask.ipynb #in-place
 @patch
 def _check_in_place(self: MFT):
     "Refuse a model in which a masked layer was wrapped, replaced or offloaded since."

@@ -81,7 +81,7 @@ class Penalty:
                 stacklevel=2,
             )
 
-
+# %% ../nbs/08_penalty.ipynb #with-loss
 def _with_loss(output, loss):
     "The output with another loss; as it was where it cannot be changed."
     if isinstance(output, dict):  # a plain one, or transformers' own

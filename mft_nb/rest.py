@@ -144,7 +144,7 @@ class Rest:
         now = tensor_digests({**base, **self.untouched()})
         return [name for name in now if self._digests.get(name, now[name]) != now[name]]
 
-
+# %% ../nbs/10_rest.ipynb #rest-added
 @patch
 def added(self: Rest) -> list[str]:
     "Names of parameters that came into the model since."

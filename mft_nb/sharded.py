@@ -123,7 +123,7 @@ def _bin_from_above(histogram, kept):
     place = int(torch.searchsorted(above, kept))
     return _HALF - 1 - place, int(above[place - 1]) if place else 0
 
-
+# %% ../nbs/03_sharded.ipynb #threshold
 @dataclass(frozen=True)
 class Threshold:
     "Of scores that compete: what lies above the key is kept, and some of what lies on it."
@@ -155,7 +155,7 @@ def find_threshold(
         left -= ties[-1]
     return Threshold(key, tuple(ties))
 
-
+# %% ../nbs/03_sharded.ipynb #mask-at
 def mask_at(
     score: Tensor,  # one of those that compete, whole or sharded
     threshold: Threshold,  # from `find_threshold`

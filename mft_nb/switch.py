@@ -128,19 +128,6 @@ class MaskSwitch:
         ]
         self._unwatch = weakref.finalize(self, _remove_all, handles)
 
-    def __getstate__(self):
-        "What a copy gets: weights that count their changes anew, and no callers."
-        own = ("_state", "_blocks", "_running", "_asked", "_guard", "_unwatch", "_held")
-        state = {name: value for name, value in self.__dict__.items() if name not in own}
-        return state | {"_versions": {}, "_held": {}}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._forget_callers()
-        if not self._zeroed:  # else the guard of the copied model brings itself
-            self._guard = _Guard(self)
-            self._watch()
-
     @classmethod
     def of(
         cls,
@@ -169,6 +156,23 @@ class MaskSwitch:
     def __repr__(self):
         masks = ", ".join(self._zeros) or "none"
         return f"MaskSwitch({type(self.model).__name__}, masks: {masks}; active: {self.active})"
+
+# %% ../nbs/13_switch.ipynb #remove-all
+@patch
+def __getstate__(self: MaskSwitch):
+    "What a copy gets: weights that count their changes anew, and no callers."
+    own = ("_state", "_blocks", "_running", "_asked", "_guard", "_unwatch", "_held")
+    state = {name: value for name, value in self.__dict__.items() if name not in own}
+    return state | {"_versions": {}, "_held": {}}
+
+
+@patch
+def __setstate__(self: MaskSwitch, state):
+    self.__dict__.update(state)
+    self._forget_callers()
+    if not self._zeroed:  # else the guard of the copied model brings itself
+        self._guard = _Guard(self)
+        self._watch()
 
 
 def _remove_all(handles):
@@ -382,9 +386,14 @@ def _switch_all(self: MaskSwitch, keys, weights, after):
     on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
     threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
     if threads > 1:
+        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+        def switch(share):
+            with torch.inference_mode(inference):
+                self._switch_pieces(share, weights, after)
+
         with ThreadPoolExecutor(threads) as pool:
-            shares = [keys[start::threads] for start in range(threads)]
-            list(pool.map(lambda share: self._switch_pieces(share, weights, after), shares))
+            list(pool.map(switch, [keys[start::threads] for start in range(threads)]))
     else:
         self._switch_pieces(keys, weights, after)
 

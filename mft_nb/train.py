@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,14 @@ def _own_folder(folder, *training):
         yield folder
         remove_folder(folder)
 
+# %% ../nbs/20_train.ipynb #validation-accuracy
+def _validation_accuracy(model, tokenizer, validation, config, activations):
+    "Accuracy on validation in the middle of a training."
+    was_training = model.training
+    logits = predict(model, tokenizer, validation, 64, config.max_length, activations)
+    model.train(was_training)
+    return accuracy(logits, validation["label"])
+
 # %% ../nbs/20_train.ipynb #d73cee9e
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
@@ -408,14 +417,7 @@ def train(
     history = History()
     bar = {"desc": label, "disable": not progress, "position": position}
 
-    def evaluate():
-        was_training = model.training
-        logits = predict(
-            model, tokenizer, validation, 64, config.max_length, activations=look_activations
-        )
-        model.train(was_training)
-        return accuracy(logits, validation["label"])
-
+    evaluate = partial(_validation_accuracy, model, tokenizer, validation, config, look_activations)
     collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
     with own_folder as place, skipping, _same_config(model):
         trainer = _Trainer(

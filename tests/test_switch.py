@@ -339,7 +339,16 @@ def test_a_weight_that_cannot_be_changed_is_named_before_any_is_touched(kind):
     assert all(torch.equal(before[name], one) for name, one in stack.state_dict().items())
 
 
-def test_a_weight_that_became_unchangeable_is_named_by_use():
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_a_weight_that_became_unchangeable_is_named_by_use(threads):
     whole = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
     switch = MaskSwitch(whole)
     switch.add("half", random_mask({f"{i}.weight": whole[i].weight for i in range(3)}, 0.5))

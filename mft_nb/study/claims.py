@@ -269,7 +269,7 @@ def judge(
         return "another size" if excluded else "replicates"
     if effect.p_holm < level:
         return "does not"
-    return "not at this size" if excluded else "cannot be told"
+    return "not at this size" if excluded else "inconclusive"
 
 # %% ../../nbs/study/14_claims.ipynb #2ed08413
 _UNITS = {  # measure: (factor, decimals, unit)

@@ -116,12 +116,12 @@ def verdict(
     effect: pd.Series,  # a row of `effects`
     level: float = 0.05,  # of the adjusted p-value
     least: float = 0.005,  # accuracy, a fraction, below which a change does not matter
-) -> str:  # "helps", "hurts", "too small to matter" or "cannot be told"
+) -> str:  # "helps", "hurts", "too small to matter" or "inconclusive"
     "Whether a treatment changes the accuracy."
     if -least < effect.low and effect.high < least:
         return "too small to matter"
     if not (effect.p_holm < level and abs(effect.difference) >= least):
-        return "cannot be told"
+        return "inconclusive"
     return "helps" if effect.difference > 0 else "hurts"
 
 # %% ../../nbs/study/13_effects.ipynb #84cb5015

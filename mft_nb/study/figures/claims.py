@@ -30,7 +30,7 @@ VERDICT_STYLES = {  # verdict: colour, marker
     "another size": ("#56B4E9", "s"),
     "does not": ("#D55E00", "X"),
     "not at this size": ("#E69F00", "^"),
-    "cannot be told": (GREY, "v"),
+    "inconclusive": (GREY, "v"),
 }
 
 
@@ -39,7 +39,7 @@ _COUNTED = {  # how a title counts a verdict
     "another size": "have another size",
     "does not": "are contradicted",
     "not at this size": "do not hold at their size",
-    "cannot be told": "are inconclusive",
+    "inconclusive": "are inconclusive",
 }
 _SOURCES = {BERT_MFT: "report", PROGRAM: "program", PAPER: "paper"}
 
