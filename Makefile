@@ -58,7 +58,7 @@ test-oldest: ## the engine's tests on the lowest versions that settings.ini allo
 
 notebooks: parts ## run every notebook and save its outputs
 	$(BIN)/nbdev_export
-	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 	$(BIN)/nbdev_clean
 
 bench: parts ## measure what a step of MFT costs compared with other ways; adds a record to results/bench/

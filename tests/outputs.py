@@ -27,9 +27,11 @@ FORKS.set_forkserver_preload(list(IMPORTED))
 
 def serve(connection_file, folder):
     """Be the kernel of one notebook."""
+    import pandas
     from ipykernel.kernelapp import IPKernelApp
 
     os.chdir(folder)
+    pandas.set_option("display.max_columns", 20)  # as where a kernel imports it, not a terminal
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
     IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, "--log-level=ERROR"])
 
