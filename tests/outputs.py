@@ -59,10 +59,6 @@ class ForkedKernel(AsyncKernelManager):
         """End it."""
         self.process.kill()
         self.process.join()
-        self.cleanup_connection_file()
-
-    async def cleanup_resources(self, **_):
-        """Nothing else is held."""
 
 
 def run(path):

@@ -46,7 +46,7 @@ class Profile:
     test_rows: int = 0  # test rows to report on; 0: all
     studies: tuple[str, ...] = ("table",)  # what is run where no study is named
     precision: str = "float32"  # of masks and controls in training; evaluation is in float32
-    kept: bool = False  # whether to compute what lies below the masks once a training
+    shared: bool = False  # whether what all runs of a checkpoint compute alike is computed once
 
     def __post_init__(self):
         if self.model not in KNOWN_MODELS:
@@ -65,6 +65,7 @@ PROFILES = {
         watch_rows=100,
         mask_rows=800,
         gradient_rows=512,
+        shared=True,
         studies=("table", "sweep"),
     ),
     "sst2": Profile(
@@ -404,3 +405,11 @@ class Workspace:
     ) -> Path:  # out/checkpoints/PROFILE/seedN
         "The folder of a seed's checkpoints."
         return Path(self.out) / "checkpoints" / profile / f"seed{seed}"
+
+    def shared(
+        self,
+        profile: str,  # name of a profile
+        seed: int,  # of its fine-tuning
+    ) -> Path:  # out/shared/PROFILE/seedN, while the experiment runs
+        "The folder of what the runs of a seed's checkpoints share."
+        return Path(self.out) / "shared" / profile / f"seed{seed}"

@@ -41,9 +41,10 @@ from mft_nb.study.checkpoints import (
     fine_tune_checkpoints,
     read_checkpoint,
 )
+from .controls import CONTROL_RATES
 from .datasets import first_rows, leak, load_once, training_rows
 from .inspections import run_inspection
-from .methods import evaluate, treat
+from .methods import Shared, evaluate, treat
 from .names import RECIPE_OF
 from mft_nb.study.plan import (
     INSPECTION_NAMES,
@@ -113,15 +114,19 @@ def do_run(
         predictions, settings = None, {}
     else:
         watched = first_rows(data["validation"], profile.watch_rows)
-        mask, details = treat(run, model, tokenizer, rows, watched, profile, bar)
+        held = first_rows(data["validation"], profile.look_rows)
+        shared = None
+        if profile.shared and run.method not in CONTROL_RATES:
+            kept = workspace.shared(run.profile, run.seed) / run.checkpoint
+            shared = Shared.of(run, model, tokenizer, [rows, watched, held, test], kept)
+        mask, details = treat(run, model, tokenizer, rows, watched, profile, bar, shared)
         settings = details.pop("settings", {})
         if mask:
             _keep_mask(run, model, mask, settings, workspace)
             AppliedMask(model, mask)
             details["mask"] = describe_mask(mask)
-        predictions = evaluate(model, tokenizer, test)
-        held = first_rows(data["validation"], profile.look_rows)
-        on_validation = evaluate(model, tokenizer, held)
+        predictions = evaluate(model, tokenizer, test, shared)
+        on_validation = evaluate(model, tokenizer, held, shared)
         happened = {"test": summary(predictions), "validation": summary(on_validation), **details}
     asked = asdict(run) | {"settings": settings, "training_rows": len(rows)}
     where = _where(profile, data_hash, started, clock, {"rung": asdict(checkpoint)})
@@ -333,7 +338,9 @@ def run_missing(
     check_same_experiment(profile, workspace, data_hash["sha256"])
     with only_process(workspace.out, "running an experiment"):
         _clean_up(runs, profile, workspace)
-        return _run_all(waiting, profile, workspace, jobs or _cores(), progress, engine)
+        done = _run_all(waiting, profile, workspace, jobs or _cores(), progress, engine)
+        remove_folder(Path(workspace.out) / "shared")
+    return done
 
 
 def _clean_up(runs, profile, workspace):
