@@ -1,25 +1,30 @@
 """The runner: same seed, same records; a killed run leaves nothing half-written and goes on."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from mft_nb.study.plan import Run, Workspace
 from mft_nb.study.records import CHANGING, read_predictions, read_record, read_records
 from mft_nb.study.runner import do_run, missing_runs, run_missing
+from tests import tiny
+from tests.outputs import FORKS
 from tests.tiny import PROFILE, RUNS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(out, engine="processes"):
     """The tiny experiment in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "tests.tiny", str(out), engine], cwd=ROOT)
+    process = FORKS.Process(target=tiny.run, args=(str(out), engine))
+    process.start()
+    return process
+
+
+def run_whole(out, engine="processes"):
+    """The tiny experiment until it ends."""
+    process = start(out, engine)
+    process.join()
+    assert process.exitcode == 0
 
 
 def lasting(record):
@@ -32,7 +37,7 @@ def lasting(record):
 def whole(tmp_path_factory):
     """Records of a run that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
-    assert start(out).wait() == 0
+    run_whole(out)
     return out
 
 
@@ -45,15 +50,15 @@ def killed(tmp_path_factory):
     deadline = time.monotonic() + 300
     while not list(folder.glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     time.sleep(3)  # the workers notice and end
     records = read_records(folder)  # each is whole
     assert 0 < len(records) < len(RUNS) + 1, "killed too late: this tests nothing"
     for record in records:
         if "test" in record["happened"]:
             read_predictions(folder, record)
-    assert start(out).wait() == 0
+    run_whole(out)
     return out
 
 
@@ -61,6 +66,7 @@ def test_every_run_has_a_record(whole):
     assert missing_runs(RUNS, Workspace(str(whole))) == []
     names = {record["name"] for record in read_records(Workspace(str(whole)).records("tiny"))}
     assert names == {run.name for run in RUNS} | {"seed0-fine_tuning"}
+    assert not (whole / "shared").exists()
 
 
 def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
@@ -70,7 +76,7 @@ def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
 
 
 def test_a_ray_cluster_of_two_workers_makes_the_same_records(whole, tmp_path):
-    assert start(tmp_path, "ray").wait() == 0
+    run_whole(tmp_path, "ray")
     one = read_records(Workspace(str(whole)).records("tiny"))
     two = read_records(Workspace(str(tmp_path)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]

@@ -1,6 +1,4 @@
-"""An experiment small enough for a test; `python -m tests.tiny OUT [ENGINE]` runs it."""
-
-import sys
+"""An experiment small enough for a test."""
 
 from mft_nb.study.plan import Profile, Run, Workspace
 from mft_nb.study.runner import run_missing
@@ -18,6 +16,7 @@ PROFILE = Profile(
     mask_rows=32,
     gradient_rows=16,
     test_rows=48,
+    shared=True,
 )
 RUNS = [
     Run("tiny", 0, "baseline", "none", 1.0),
@@ -27,6 +26,7 @@ RUNS = [
     Run("tiny", 0, "90", "random"),
 ]
 
-if __name__ == "__main__":
-    engine = sys.argv[2] if len(sys.argv) > 2 else "processes"
-    print(run_missing(RUNS, Workspace(sys.argv[1]), jobs=2, profile=PROFILE, engine=engine))
+
+def run(out, engine="processes"):
+    """Run it."""
+    print(run_missing(RUNS, Workspace(out), jobs=2, profile=PROFILE, engine=engine))

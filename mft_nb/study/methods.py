@@ -60,7 +60,7 @@ class Shared:
     "What the runs of a checkpoint have in common, in files: the first run writes them."
 
     folder: Path  # of the files
-    activations: KeptActivations  # what the lowest masked layer takes as input, for all rows
+    activations: KeptActivations  # what the lowest masked layer takes as input
 
     @classmethod
     def of(
@@ -68,7 +68,7 @@ class Shared:
         run: Run,  # of a method that changes no weight below the masks
         model: nn.Module,  # the checkpoint's model, without a mask
         tokenizer: Any,  # its tokenizer
-        rows: list[Dataset],  # all that the run reads, column sentence
+        rows: list[Dataset],  # on which the runs are evaluated, column sentence
         folder: Path,  # of the files
     ) -> "Shared":  # ready to use
         "Read what a run shares with others, or compute it."
@@ -103,15 +103,14 @@ def treat(
     validation: Dataset,  # rows to watch a training on
     profile: Profile,  # of the run: rows for the gradient, precision
     bar: dict,  # options of `train` for its progress bar: progress, position
-    shared: Shared | None = None,  # what the runs of the checkpoint have in common
+    shared: Shared | None = None,  # what the runs of the checkpoint have in common; none: nothing
 ) -> tuple[BitMask | None, dict]:  # the mask, and what else the record should hold
     "Do what a run's method does; None where there is no mask."
     if run.method == "none":
         return None, {}
     if run.method in RECIPE_OF or run.method in CONTROL_RATES:
-        if run.method in CONTROL_RATES:
-            return _train_control(run, model, tokenizer, train_rows, validation, profile, bar)
-        return _train_mask(run, model, tokenizer, train_rows, validation, profile, bar, shared)
+        trained = _train_mask if run.method in RECIPE_OF else _train_control
+        return trained(run, model, tokenizer, train_rows, validation, profile, bar)
     weights = maskable_weights(model)
     if run.method == "random":
         return random_mask(weights, run.keep, seed=run.seed), {}
@@ -126,13 +125,10 @@ def treat(
     return find(weights, gradients, run.keep), {}
 
 # %% ../../nbs/study/09_methods.ipynb #b5655f6c
-def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar, shared):
+def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train scores by a recipe; the mask, its settings and its curves."
     config, training = mask_settings(run, profile)
-    options = {"label": run.name, **bar}
-    if shared and not config.dropout:
-        options["activations"] = shared.activations
-    options |= _watched(training, train_rows, validation)
+    options = {"label": run.name, **bar} | _watched(training, train_rows, validation)
     mft = MFT(model, config)
     history = fit(mft, tokenizer, train_rows, training, **options)
     mask = mft.bitmask()

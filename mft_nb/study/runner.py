@@ -22,7 +22,13 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
-from multiprocessing import active_children, current_process, get_context
+from multiprocessing import (
+    active_children,
+    current_process,
+    get_all_start_methods,
+    get_context,
+    parent_process,
+)
 from pathlib import Path
 
 import pandas as pd
@@ -118,7 +124,7 @@ def do_run(
         shared = None
         if profile.shared and run.method not in CONTROL_RATES:
             kept = workspace.shared(run.profile, run.seed) / run.checkpoint
-            shared = Shared.of(run, model, tokenizer, [rows, watched, held, test], kept)
+            shared = Shared.of(run, model, tokenizer, [held, test], kept)
         mask, details = treat(run, model, tokenizer, rows, watched, profile, bar, shared)
         settings = details.pop("settings", {})
         if mask:
@@ -246,21 +252,20 @@ def check_same_experiment(
             )
 
 # %% ../../nbs/study/11_runner.ipynb #5bfc7131
-def _start_worker(parent):
+def _start_worker():
     "Prepare a process of the pool: one thread, no chatter, and no life after its parent's."
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def _die_with(parent):
+def _end_with_parent():
     "End this process when its parent is gone, so that a killed experiment leaves nobody writing."
-    while os.getppid() == parent:
-        time.sleep(0.5)
+    parent_process().join()
     os._exit(1)
 
 
@@ -353,10 +358,12 @@ def _clean_up(runs, profile, workspace):
 
 # %% ../../nbs/study/11_runner.ipynb #38fc4998
 def _processes(jobs):
-    "A pool of processes of one thread."
-    return ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
-    )
+    "A pool of processes of one thread, forked from one with the imports where the system can."
+    way = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    context = get_context(way)
+    if way == "forkserver":
+        context.set_forkserver_preload(["mft_nb.study.runner"])
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
 
 
 def _run_all(waiting, profile, workspace, jobs, progress, engine):
