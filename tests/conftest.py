@@ -1,6 +1,17 @@
 """Files that take longest come first, so that both workers end at about the same time."""
 
-LONGEST = ("test_outputs", "test_outputs_more", "test_experiment", "test_cli", "test_resume")
+LONGEST = (
+    "test_house_outputs",
+    "test_house_outputs_more",
+    "test_study_experiment",
+    "test_engine",
+    "test_study_records",
+    "test_frozen",
+    "test_resume",
+    "test_fsdp",
+    "test_study_sst2",
+    "test_cli",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -69,7 +69,7 @@ def run(path):
             cell.outputs = []
     folder = {"metadata": {"path": str(path.parent)}}
     settings = {"timeout": 600, "resources": folder, "coalesce_streams": True}
-    return NotebookClient(notebook, km=ForkedKernel(), **settings).execute()
+    return NotebookClient(notebook, km=ForkedKernel(), **settings).execute(cleanup_kc=True)
 
 
 def texts(output, digits=True):

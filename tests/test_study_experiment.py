@@ -13,20 +13,6 @@ from tests.outputs import FORKS
 from tests.tiny import PROFILE, RUNS
 
 
-def start(out, engine="processes"):
-    """The tiny experiment in a process of its own."""
-    process = FORKS.Process(target=tiny.run, args=(str(out), engine))
-    process.start()
-    return process
-
-
-def run_whole(out, engine="processes"):
-    """The tiny experiment until it ends."""
-    process = start(out, engine)
-    process.join()
-    assert process.exitcode == 0
-
-
 def lasting(record):
     """A record without what differs between equal runs."""
     where = {name: value for name, value in record["where"].items() if name not in CHANGING}
@@ -37,7 +23,7 @@ def lasting(record):
 def whole(tmp_path_factory):
     """Records of a run that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
-    run_whole(out)
+    tiny.run(out)
     return out
 
 
@@ -46,7 +32,8 @@ def killed(tmp_path_factory):
     """Records of a run that was killed after its first record, and started again."""
     out = tmp_path_factory.mktemp("killed")
     folder = Workspace(str(out)).records("tiny")
-    process = start(out)
+    process = FORKS.Process(target=tiny.run, args=(out,))
+    process.start()
     deadline = time.monotonic() + 300
     while not list(folder.glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -58,7 +45,7 @@ def killed(tmp_path_factory):
     for record in records:
         if "test" in record["happened"]:
             read_predictions(folder, record)
-    run_whole(out)
+    tiny.run(out)
     return out
 
 
@@ -76,7 +63,7 @@ def test_same_seed_same_records_and_a_killed_run_goes_on(whole, killed):
 
 
 def test_a_ray_cluster_of_two_workers_makes_the_same_records(whole, tmp_path):
-    run_whole(tmp_path, "ray")
+    tiny.run(tmp_path, "ray")
     one = read_records(Workspace(str(whole)).records("tiny"))
     two = read_records(Workspace(str(tmp_path)).records("tiny"))
     assert [lasting(record) for record in one] == [lasting(record) for record in two]

@@ -28,5 +28,6 @@ RUNS = [
 
 
 def run(out, engine="processes"):
-    """Run it."""
-    print(run_missing(RUNS, Workspace(out), jobs=2, profile=PROFILE, engine=engine))
+    """Run it; how many tasks were done."""
+    options = {"profile": PROFILE, "engine": engine, "progress": False}
+    return run_missing(RUNS, Workspace(str(out)), jobs=2, **options)
