@@ -109,16 +109,19 @@ class MaskConfig:
         check_number("heads", self.heads, 0, whole=True)
 
 # %% ../nbs/09_config.ipynb #cfgdict1
-TRAINING_FIELDS = (  # of a `TrainConfig`; earlier files have them among a mask's settings
+TRAINING_FIELDS = (  # of a `TrainConfig`; earlier files and records mix them with a mask's
     "optimizer",
     "learning_rate",
     "epochs",
+    "max_steps",
     "batch_size",
-    "max_length",
-    "precision",
     "warmup_steps",
     "warmup_ratio",
+    "weight_decay",
     "max_grad_norm",
+    "max_length",
+    "seed",
+    "precision",
 )
 _RENAMED = {"start": "init", "spread": "init_scale", "start_seed": "init_seed"}
 

@@ -34,15 +34,16 @@ def call(command, *arguments, cwd=None, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def check_help(command, said):
+def check_help(command, said=None):
     """The help names the command, its purpose and every option with what it means."""
+    parser = anno_parser(command, prog=command.__name__)
+    said = said or parser.format_help()
     assert f"usage: {command.__name__}" in said
     flat = " ".join(said.split())
     assert " ".join(command.__doc__.split()) in flat
     for name, parameter in inspect.signature(command).parameters.items():
         shown = name if parameter.default is parameter.empty else f"--{name}"
         assert shown in said
-    parser = anno_parser(command)
     assert all(action.help for action in parser._actions), "an option without a word on it"
 
 

@@ -111,3 +111,14 @@ def switch():
         masks.add(name, mask)
         answers[name] = logits(by_hand(bert(), mask))
     return model, masks, answers
+
+
+def uses(mft, folder):
+    """Each use of a mask: a forward pass, its bits, taking it off, merging, saving."""
+    return [
+        lambda: mft.model(**batch()),
+        mft.bitmask,
+        mft.unload,
+        mft.merge_and_unload,
+        lambda: mft.save_pretrained(folder),
+    ]

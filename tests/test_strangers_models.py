@@ -36,6 +36,7 @@ from tests.strangers import (
     same,
     state,
     steps,
+    uses,
     winners,
 )
 
@@ -335,13 +336,7 @@ def to_meta(model):
 def test_scores_that_were_put_off_say_so(away, tmp_path):
     mft = MFT(bert(), config())
     away(mft.model)
-    for ask in (
-        lambda: mft.model(**batch()),
-        mft.bitmask,
-        mft.unload,
-        mft.merge_and_unload,
-        lambda: mft.save_pretrained(tmp_path / "mask"),
-    ):
+    for ask in uses(mft, tmp_path / "mask"):
         with pytest.raises(RuntimeError, match="offload.*memory|memory.*offload"):
             ask()
     assert not (tmp_path / "mask").exists()

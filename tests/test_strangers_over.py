@@ -23,6 +23,7 @@ from tests.strangers import (
     same,
     state,
     steps,
+    uses,
 )
 
 
@@ -146,14 +147,7 @@ CHANGES = [replace_linear, drop_layer, norm_weight, norm_spectrum]
 def test_scores_that_lost_their_layer_say_so(change, tmp_path):
     mft = MFT(bert(), config())
     change(mft.model)
-    for ask in (
-        lambda: mft.model(**batch()),
-        mft.bitmask,
-        mft.state_dict,
-        mft.unload,
-        mft.merge_and_unload,
-        lambda: mft.save_pretrained(tmp_path / "mask"),
-    ):
+    for ask in (*uses(mft, tmp_path / "mask"), mft.state_dict):
         with pytest.raises(RuntimeError, match="The masked layer 'bert.encoder.layer.* changed"):
             ask()
     assert any(parametrize.is_parametrized(m) for m in mft.model.modules())

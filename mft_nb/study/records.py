@@ -6,6 +6,12 @@
 __all__ = ['RECORD_FORMAT', 'CHANGING', 'prediction_rows', 'summary', 'read_record', 'read_records', 'read_predictions',
            'MissingRecords']
 
+# %% ../../nbs/study/01_records.ipynb #need-records
+from ..files import need_extra
+
+# %% ../../nbs/study/01_records.ipynb #need-records-1
+need_extra("train", "mft_nb.study.records", ("pandas",))
+
 # %% ../../nbs/study/01_records.ipynb #imports-06_recor
 import hashlib
 import json

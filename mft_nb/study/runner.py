@@ -20,7 +20,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from multiprocessing import (
     active_children,
@@ -36,7 +36,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..bitmask import AppliedMask
-from ..config import MaskConfig
+from ..config import split_settings
 from ..mask_file import save_mask
 from ..model import KNOWN_MODELS, load_classifier
 from ..sharded import weights_sha256
@@ -154,10 +154,8 @@ def _keep_mask(run, model, mask, settings, workspace):
     "Save a trained mask, for the inspections."
     if run.method in RECIPE_OF:
         base = {name: model.get_parameter(name) for name in mask}
-        own = {field.name for field in fields(MaskConfig)}
-        config = {name: value for name, value in settings.items() if name in own}
-        training = {name: value for name, value in settings.items() if name not in own}
-        save_mask(mask, workspace.mask(run), weights_sha256(base), config, training)
+        config, training = split_settings(settings)
+        save_mask(mask, workspace.mask(run), weights_sha256(base), config.to_dict(), training)
 
 # %% ../../nbs/study/11_runner.ipynb #0fb95d9f
 def do_fine_tuning(
