@@ -122,11 +122,8 @@ class TopK:
         "Keep the largest scores of the group; among equal ones the first."
         self.calls += 1
         flat = [score.detach().reshape(-1) for score in scores]
-        masks = self._proved(flat, kept)
-        if masks is not None:
-            self.proved += 1
-        else:
-            masks = self._near(flat, kept)
+        banded = self._band is not None and _fast(flat)
+        masks = self._near(flat, kept) if banded else self._proved(flat, kept)
         if masks is None:
             self.searches += 1
             masks = self._search(flat, kept)
@@ -140,7 +137,10 @@ class TopK:
         if sum(map(count_kept, masks)) != kept:
             return None
         below = _compared(flat, np.less, torch.lt, self._lowest)  # NaN is neither
-        return masks if sum(map(count_kept, below)) == sum(map(len, flat)) - kept else None
+        if sum(map(count_kept, below)) != sum(map(len, flat)) - kept:
+            return None
+        self.proved += 1
+        return masks
 
     def _search(self, flat, kept):
         "Search all scores, and remember where the threshold is."
@@ -193,8 +193,6 @@ def _near_masks(arrays, low, high):
 @patch
 def _near(self: TopK, flat, kept):
     "Search the band only; None where that does not settle it."
-    if self._band is None or not _fast(flat):
-        return None
     low, high = self._band
     arrays = [_array(score) for score in flat]
     masks, places = zip(*_near_masks(arrays, low, high), strict=True)
@@ -206,10 +204,16 @@ def _near(self: TopK, flat, kept):
         return None
     if len(values) > 2 * _LARGEST_SHARE * total:
         return None
-    chosen = top_k(torch.from_numpy(values), missing).numpy()
+    chosen = values >= self._lowest
+    holds = np.count_nonzero(chosen) == missing  # the last threshold: no search at all
+    if not holds:
+        chosen = top_k(torch.from_numpy(values), missing).numpy()
     parts = np.split(chosen, np.cumsum([len(place) for place in places])[:-1])
     for mask, place, part in zip(masks, places, parts, strict=True):
         mask[place[part]] = True
+    if holds:
+        self.proved += 1
+        return [torch.from_numpy(mask) for mask in masks]
     self._lowest = float(values[chosen].min() if missing else np.nextafter(high, np.float32("inf")))
     if 0 < missing < len(values):
         threshold, half = values[chosen].min(), (high - low) / 2

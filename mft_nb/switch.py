@@ -105,6 +105,7 @@ class MaskSwitch:
         self._shapes = {}  # weight name -> shape
         self._zeroed = {}  # (weight name, piece) -> (places, their values), as in force
         self._versions = {}  # weight name -> torch's count of changes, as in force
+        self._changed = set()  # weight names: changed by others under the last mask
         self._active = None
         self._last = None  # the mask of a switch that did not end well, for a message
         self._held = {}  # weight name -> the weight, as long as parts of it are zeroed
@@ -343,7 +344,7 @@ def _switch_to(self: MaskSwitch, name):
     after = self._zeros.get(name, {})
     keys = list(dict.fromkeys([*self._zeroed, *after]))
     weights = self._weights({weight: None for weight, _ in keys})
-    self._warn_of_changes(weights)
+    under, self._changed = self._active, self._counted_changes(weights)
     fresh = {weight: weights[weight] for weight in weights if weight not in self._held}
     hold(fresh.values(), self)
     self._held |= fresh
@@ -351,6 +352,7 @@ def _switch_to(self: MaskSwitch, name):
     self._last, self._active = name or self._active, None  # until all pieces are done
     try:
         self._switch_all(keys, weights, after)
+        self._warn_of_changes(under)
         self._active = name
     except BaseException:  # Ctrl-C too
         self._back_to_base(weights)
@@ -427,9 +429,13 @@ def _switch(self: MaskSwitch, part, key, places, room, zeros):
     "Put back what is zeroed in a piece, then zero it at other places."
     if key in self._zeroed:
         before, values = self._zeroed[key]
-        if places is not None and before.device == places.device and torch.equal(before, places):
+        where = _widened(before, room)
+        written = part.index_select(0, where).any()  # perhaps in a way that torch does not count
+        if written:
+            self._changed.add(key[0])
+        elif places is not None and before.device == places.device and torch.equal(before, places):
             return
-        part.scatter_(0, _widened(before, room), values.to(part))
+        part.scatter_(0, where, values.to(part))
     if places is None:
         del self._zeroed[key]
         return
@@ -439,18 +445,19 @@ def _switch(self: MaskSwitch, part, key, places, room, zeros):
 
 # %% ../nbs/13_switch.ipynb #27f6c1ab
 @patch
-def _warn_of_changes(self: MaskSwitch, weights):
-    "Warn, with a UserWarning, of weights that others changed under the mask in force."
-    changed = {n for n, count in self._versions.items() if weights[n]._version != count}
-    for (name, piece), (places, _) in self._zeroed.items():  # by writes that torch does not count
-        part = weights[name].detach().view(-1)[piece * _PIECE : (piece + 1) * _PIECE]
-        if name not in changed and part[places.long()].any():
-            changed.add(name)
-    self._versions = {}
-    if changed:
-        names = sorted(changed)
+def _counted_changes(self: MaskSwitch, weights):
+    "Names of weights that others changed under the mask in force, by torch's count of writes."
+    counts, self._versions = self._versions, {}
+    return {name for name, count in counts.items() if weights[name]._version != count}
+
+
+@patch
+def _warn_of_changes(self: MaskSwitch, under):
+    "Warn, with a UserWarning, of weights that others changed under a mask."
+    if self._changed:
+        names = sorted(self._changed)
         warnings.warn(
-            f"Weights were changed while the mask {self._active!r} was in force: "
+            f"Weights were changed while the mask {under!r} was in force: "
             f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}. Where it prunes, they now "
             "get the values they had before; elsewhere they keep the change.",
             stacklevel=4,
