@@ -366,6 +366,28 @@ def test_a_weight_that_became_unchangeable_is_named_by_use(threads):
         assert torch.equal(whole[2].weight, before["2.weight"])
 
 
+@pytest.mark.parametrize("way", ["counted", "uncounted"])
+def test_what_was_written_under_a_mask_is_named_and_does_not_stay_where_the_next_one_prunes(way):
+    stack = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    first = random_mask({f"{i}.weight": stack[i].weight for i in (0, 1)}, 0.5)
+    switch = MaskSwitch(stack)
+    switch.add("one", first)
+    switch.add("other", BitMask(dict(first) | {"1.weight": ~first["1.weight"]}))  # 0.weight as before
+    before = state(stack)
+    switch.use("one")
+    with torch.no_grad():
+        if way == "counted":
+            stack[0].weight.fill_(7)
+        else:
+            stack[0].weight.detach().numpy()[:] = 7
+    with pytest.warns(UserWarning, match="'one' was in force: 0.weight. Where it prunes"):
+        switch.use("other")
+    assert not stack[0].weight[~first["0.weight"]].any()
+    switch.use(None)
+    pruned = ~first["0.weight"]
+    assert torch.equal(stack[0].weight[pruned], before["0.weight"][pruned])
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_applied_mask_that_fails_halfway_puts_all_back(error, monkeypatch):
     stack, mask = unchangeable("no")
