@@ -372,7 +372,8 @@ def test_what_was_written_under_a_mask_is_named_and_does_not_stay_where_the_next
     first = random_mask({f"{i}.weight": stack[i].weight for i in (0, 1)}, 0.5)
     switch = MaskSwitch(stack)
     switch.add("one", first)
-    switch.add("other", BitMask(dict(first) | {"1.weight": ~first["1.weight"]}))  # 0.weight as before
+    second = dict(first) | {"1.weight": ~first["1.weight"]}  # 0.weight as before
+    switch.add("other", BitMask(second))
     before = state(stack)
     switch.use("one")
     with torch.no_grad():
