@@ -20,7 +20,17 @@ NOTEBOOKS = [
 
 # Kernels are forked from one process that has imported what takes seconds to import. It has run
 # nothing else, so each notebook starts with fresh modules and a fresh random state.
-IMPORTED = ("ipykernel.kernelapp", "mft_nb.study.runner", "matplotlib.pyplot", "seaborn", "peft")
+IMPORTED = (
+    "tests.outputs",
+    "ipykernel.kernelapp",
+    "ipykernel.debugger",
+    "ipykernel.zmqshell",
+    "mft_nb.study.runner",
+    "matplotlib.pyplot",
+    "seaborn",
+    "peft",
+)
+os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else a debugger warns of itself
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(list(IMPORTED))
 
