@@ -8,7 +8,7 @@ __all__ = ['MERGE_FIRST', 'SCORES', 'ForwardPass', 'StepCounter', 'ScoreGroup', 
 
 # %% ../nbs/07_scores.ipynb #imports-06_scores
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class StepCounter:
 
     def __init__(
         self,
-        group: "ScoreGroup",  # whose members hold the count
+        group: Any,  # the `ScoreGroup` whose members hold the count
     ):
         self.group = group
         self.accumulated = False  # whether a gradient has come to `.grad` since
