@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -79,7 +80,9 @@ def run(path):
             cell.outputs = []
     folder = {"metadata": {"path": str(path.parent)}}
     settings = {"timeout": 600, "resources": folder, "coalesce_streams": True}
-    return NotebookClient(notebook, km=ForkedKernel(), **settings).execute(cleanup_kc=True)
+    with tempfile.TemporaryDirectory() as sockets:  # of its own: two tests never want the same
+        kernel = ForkedKernel(transport="ipc", ip=f"{sockets}/kernel")
+        return NotebookClient(notebook, km=kernel, **settings).execute(cleanup_kc=True)
 
 
 def texts(output, digits=True):
