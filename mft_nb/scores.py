@@ -8,6 +8,8 @@ __all__ = ['MERGE_FIRST', 'SCORES', 'ForwardPass', 'StepCounter', 'ScoreGroup', 
 
 # %% ../nbs/07_scores.ipynb #imports-06_scores
 import threading
+import weakref
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -87,10 +89,10 @@ class StepCounter:
         self.group = group
         self.accumulated = False  # whether a gradient has come to `.grad` since
         self._pending = None  # some scores of before a step that is awaited
-        self._in_backward = False  # whether a backward pass goes on
+        self._backward = None  # weak reference to what autograd calls after the backward pass
 
     def __getstate__(self):  # a copy waits for nothing
-        return self.__dict__ | {"_pending": None, "_in_backward": False}
+        return self.__dict__ | {"_pending": None, "_backward": None}
 
     def now(self) -> int:  # optimizer steps so far
         "Steps done, with the last one; RuntimeError with scores that FSDP shards."
@@ -101,30 +103,32 @@ class StepCounter:
     def note_gradient(self) -> None:
         "A gradient came through a mask: if it is the first of its backward pass, count."
         self._check()
-        if not self._in_backward:
-            self.count()
-            self._in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
-        if self._pending is None:
-            self._pending, self.accumulated = self._sample(), False
+        with self.group.lock:  # no other thread reads a gradient that is being written
+            if not self._in_backward():
+                self.count()
+                leave = partial(setattr, self, "_backward", None)
+                self._backward = weakref.ref(leave)  # autograd frees it if the pass fails
+                torch.autograd.Variable._execution_engine.queue_callback(leave)
+            if self._pending is None:
+                self._pending, self.accumulated = self._sample(), False
 
     def count(self) -> None:
         "Count a step if the gradient of the last backward pass has been used."
         members = self.group.members
-        if self.group.forward_pass.now is not None:
-            self._in_backward = False  # a backward pass that failed never left
-        if self._pending is None or self._in_backward:
-            return
-        grads = [member.scores.grad for member in members]
-        cleared = self.accumulated and all(grad is None or not grad.any() for grad in grads)
-        pairs = zip(self._pending, self._sample(), strict=True)
-        if cleared or not all(torch.equal(*pair) for pair in pairs):
-            self._pending = None
-            for member in members:
-                member.steps += 1
+        with self.group.lock:
+            if self._pending is None or self._in_backward():
+                return
+            grads = [member.scores.grad for member in members]
+            cleared = self.accumulated and all(grad is None or not grad.any() for grad in grads)
+            pairs = zip(self._pending, self._sample(), strict=True)
+            if cleared or not all(torch.equal(*pair) for pair in pairs):
+                self._pending = None
+                for member in members:
+                    member.steps += 1
 
-    def _leave_backward(self):
-        self._in_backward = False
+    def _in_backward(self):
+        backward = self._backward  # another thread may leave it now
+        return backward is not None and backward() is not None
 
     def _check(self):
         if any(is_sharded(member.scores) for member in self.group.members):
@@ -160,21 +164,21 @@ class ScoreGroup:
         self.on_gradient = None  # called after each of them
         self._found = (None, None)  # a forward pass, and what was found for it
         self.steps = StepCounter(self) if schedule else None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # one thread at a time searches or counts
 
     def __getstate__(self):  # a copy gets a lock of its own
         state = self.__dict__ | {"_found": (None, None)}
-        return {name: value for name, value in state.items() if name != "_lock"}
+        return {name: value for name, value in state.items() if name != "lock"}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, lock=threading.RLock())
 
     def mask_of(
         self,
         place: int,  # of the member in the group
     ) -> Tensor:  # bool, in the shape of its scores; of sharded scores this process's part
         "The mask that the present scores make for a member."
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             scores = [member.checked_scores() for member in self.members]
             ranked = [score.abs() for score in scores] if self.absolute else scores
             try:

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from concurrent import futures
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mft_nb.scores import MaskedWeight, ScoreGroup
 from mft_nb.selection import n_of_m_mask
 from mft_nb.targets import maskable_weights
 from tests.strangers import (
+    Stack,
     batch,
     bert,
     by_hand,
@@ -240,6 +242,49 @@ def test_a_thread_that_evaluates_does_not_disturb_the_training():
     other.join()
     assert watched.bitmask() == alone.bitmask()
     assert kept == sorted(kept, reverse=True)
+
+
+def test_a_thread_that_evaluates_amid_a_backward_pass_counts_no_step():
+    mft = MFT(Stack(), config(keep=0.5, schedule=[(0, 1.0), (4, 0.5)], scope="global"))
+    mft.model.layers[2].parametrizations.weight.original.data.zero_()  # the first gradient is 0
+    optimizer = torch.optim.SGD(mft.scores, lr=0.1)
+
+    def evaluate(gradient):
+        with torch.no_grad():
+            mft.model(torch.ones(2, 8))
+
+    def evaluate_elsewhere(gradient):
+        other = threading.Thread(target=evaluate, args=(gradient,))
+        other.start()
+        other.join()
+
+    for done in (1, 2):
+        outputs = [layer(torch.ones(2, 8)) for layer in mft.model.layers]
+        for output in outputs:
+            output.register_hook(evaluate_elsewhere)
+        sum(outputs).sum().backward()
+        assert steps_of(mft) == done - 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        assert steps_of(mft) == done
+
+
+def test_after_a_backward_pass_that_failed_steps_are_counted():
+    mft = MFT(Stack(), config(keep=0.5, schedule=[(0, 1.0), (4, 0.5)], scope="global"))
+    hidden = mft.model.layers[0](torch.ones(2, 8))
+    hidden.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mft.model.layers[1](hidden).sum().backward()
+    optimizer = torch.optim.SGD(mft.scores, lr=0.1)
+    optimizer.step()  # of the gradients that had come
+    assert steps_of(mft) == 1
+
+
+def steps_of(mft):
+    """Optimizer steps counted, as the mask tells another thread."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        density = pool.submit(mft.bitmask).result().density
+    return round((1 - density) / 0.5 * 4)
 
 
 def test_switching_within_autocast_does_not_keep_the_mask_of_before():
