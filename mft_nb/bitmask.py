@@ -250,17 +250,17 @@ def top_k_mask(
     infos: Mapping[str, WeightInfo] | None = None,  # from `describe_weights`; default: nn.Linear's
 ) -> BitMask:  # exactly as many ones as `kept_count` says
     "Keep the largest scores."
-    kind, found = find_scope(scope, keep), {}
+    kind, members, found = find_scope(scope, keep), {}, {}
     infos = infos or {name: WeightInfo(name, tuple(s.shape)) for name, s in scores.items()}
     units = {name: kind.units(infos[name]) for name in scores}
-    members = {}
     for name, key in kind.groups(scores).items():
         members.setdefault(key, []).append(name)
     for names in members.values():
         ranked = [units[n].collect(scores[n].detach()) if units[n] else scores[n] for n in names]
         kept = kept_count(sum(one.numel() for one in ranked), keep)
-        masks = kind.select(ranked, kept, [infos[name] for name in names])
-        for name, mask in zip(names, masks, strict=True):
+        winners = kind.select(ranked, kept, [infos[name] for name in names])
+        for number, name in enumerate(names):
+            mask = winners.mask(ranked[number], number)
             found[name] = units[name].spread(mask) if units[name] else mask
     return BitMask({name: found[name] for name in scores})
 

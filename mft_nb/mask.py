@@ -132,8 +132,8 @@ def _make_scores(self: MFT, names):
                 f"keep is {config.keep}, which keeps all {count} units of {name}. Give "
                 f"{1 - 1 / count:g} or less."
             )
-    for masked in self._masked.values():
-        masked.group.mask_of(masked.place)  # a scope that does not fit the shape is refused here
+    for group in groups.values():
+        group.masks()  # a scope that does not fit the shape is refused here
 
 # %% ../nbs/12_mask.ipynb #put-on
 @patch
@@ -272,7 +272,10 @@ def bitmask(self: MFT) -> BitMask:  # a copy; later steps do not change it
         if self._on:
             self._fixed.check_zeros()
         return BitMask({name: mask.clone() for name, mask in self._fixed.mask.items()})
-    return BitMask({name: masked.mask.clone() for name, masked in self._masked.items()})
+    groups = {id(masked.group): masked.group for masked in self._masked.values()}
+    masks = {key: group.masks() for key, group in groups.items()}
+    found = {name: one.whole(masks[id(one.group)][one.place]) for name, one in self._masked.items()}
+    return BitMask({name: mask.clone() for name, mask in found.items()})
 
 
 @patch

@@ -7,6 +7,7 @@ __all__ = ['MERGE_FIRST', 'SCORES', 'ForwardPass', 'StepCounter', 'ScoreGroup', 
            'trained_state_dict', 'initial_scores']
 
 # %% ../nbs/07_scores.ipynb #imports-06_scores
+import inspect
 import threading
 import weakref
 from functools import partial
@@ -20,11 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .selection import Scope, TopK, Units, find_scope, keep_at, kept_count
 from mft_nb.sharded import (
-    Threshold,
+    Winners,
     find_threshold,
     is_sharded,
     local_part,
-    mask_at,
     same_parts,
     whole_mask,
 )
@@ -37,13 +37,14 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(weight, scores, mask, absolute, units, group):
-        return torch.where(mask, weight, 0)
+    def forward(weight, scores, mask, parametrization):
+        return mask(weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, scores, _, absolute, ctx.units, ctx.group = inputs
-        ctx.save_for_backward(weight, scores if absolute else None)
+        weight, scores, _, parametrization = inputs
+        ctx.group, ctx.units = parametrization.group, parametrization.units
+        ctx.save_for_backward(weight, scores if ctx.group.absolute else None)
         ctx.dtype = scores.dtype
 
     @staticmethod
@@ -55,7 +56,11 @@ class _StraightThrough(torch.autograd.Function):
         if scores is not None:
             to_scores = to_scores * scores.sign()
         ctx.group.note_gradient()
-        return None, to_scores, None, None, None, None
+        return None, to_scores, None, None
+
+
+# torch asks for it at each call, and this is the quick answer
+_StraightThrough.forward.__signature__ = inspect.signature(_StraightThrough.forward)
 
 # %% ../nbs/07_scores.ipynb #forward-pass
 class ForwardPass(threading.local):
@@ -173,32 +178,41 @@ class ScoreGroup:
     def __setstate__(self, state):
         self.__dict__.update(state, lock=threading.RLock())
 
-    def mask_of(
-        self,
-        place: int,  # of the member in the group
-    ) -> Tensor:  # bool, in the shape of its scores; of sharded scores this process's part
-        "The mask that the present scores make for a member."
+    def masks(self) -> list[Tensor]:  # bool, in the shapes of the scores; of sharded ones the parts
+        "The masks that the present scores make, by member; exact while another thread trains, too."
         with self.lock, torch.no_grad():
-            scores = [member.checked_scores() for member in self.members]
-            ranked = [score.abs() for score in scores] if self.absolute else scores
-            try:
-                return self._mask_of(place, ranked)
-            except ValueError as error:
-                ill = [m.info.name for m in self.members if local_part(m.scores).isnan().any()]
-                names = ", ".join((ill or [member.info.name for member in self.members])[:3])
-                raise ValueError(f"The scores of {names}: {error}") from None
+            ranked = [self._ranked(member).clone() for member in self.members]
+            winners = self._find_named(ranked)
+            return [winners.mask(one, place) for place, one in enumerate(ranked)]
 
-    def _mask_of(self, place, ranked):
-        now = self.forward_pass.now
-        if now is None or now is not self._found[0]:
-            self._found = (now, self._find(ranked))
-        found = self._found[1]
-        return (
-            mask_at(ranked[place], found, place) if isinstance(found, Threshold) else found[place]
-        )
+    def winners(
+        self,
+        place: int,  # of a member in the group
+    ) -> tuple[Winners, Tensor]:  # of the group; and the member's scores as they are ranked
+        "Who wins with the present scores."
+        with self.lock:
+            now = self.forward_pass.now
+            if now is not None and now is self._found[0]:
+                return self._found[1], self._ranked(self.members[place])
+            ranked = [self._ranked(member) for member in self.members]
+            self._found = (now, self._find_named(ranked))
+            return self._found[1], ranked[place]
+
+    def _ranked(self, member):
+        scores = member.checked_scores()
+        return scores.abs() if self.absolute else scores
+
+    def _find_named(self, ranked):
+        "As `_find`; an error says which scores it is about."
+        try:
+            return self._find(ranked)
+        except ValueError as error:
+            ill = [m.info.name for m in self.members if local_part(m.scores).isnan().any()]
+            names = ", ".join((ill or [member.info.name for member in self.members])[:3])
+            raise ValueError(f"The scores of {names}: {error}") from None
 
     def _find(self, ranked):
-        "The masks of all members, or the threshold where some are sharded."
+        "Who wins of the group."
         if self.scope.fixed is not None:
             return self._neighbours(ranked)
         kept = kept_count(sum(one.numel() for one in ranked), self._keep())
@@ -311,18 +325,31 @@ class MaskedWeight(nn.Module):
     @property
     def mask(self) -> Tensor:  # bool, in the shape of the weight
         "The mask that the present scores make; of sharded scores on all ranks."
-        mask = whole_mask(self.group.mask_of(self.place), self.scores)
+        return self.whole(self.group.masks()[self.place])
+
+    def whole(
+        self,
+        mask: Tensor,  # from `ScoreGroup.masks`
+    ) -> Tensor:  # bool, in the shape of the weight
+        "The mask of all weights from that of the scores."
+        mask = whole_mask(mask, self.scores)
         return mask if self.units is None else self.units.spread(mask)
 
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def forward(self, weight: Tensor) -> Tensor:
-        mask = self.mask.to(weight.device)
         if is_sharded(weight):  # read outside of the forward pass of its layer
-            return torch.where(same_parts(mask, weight), weight.detach(), 0)
+            return torch.where(same_parts(self.mask, weight), weight.detach(), 0)
         if self.group.schedule and self.scores.requires_grad:
             self._watch_gradients()
-        absolute, units = self.group.absolute, self.units
-        return _StraightThrough.apply(weight, self.scores, mask, absolute, units, self.group)
+        return _StraightThrough.apply(weight, self.scores, self._way_to_mask(weight), self)
+
+    def _way_to_mask(self, weight):
+        "A function that masks the weight with the present scores."
+        if self.units or is_sharded(self.scores) or weight.device != self.scores.device:
+            mask = self.mask.to(weight.device)
+            return lambda weight: torch.where(mask, weight, 0)
+        winners, ranked = self.group.winners(self.place)
+        return lambda weight: winners.masked(weight, ranked, self.place)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(MERGE_FIRST.format(what="torch.jit.script"))

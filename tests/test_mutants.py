@@ -123,6 +123,35 @@ def test_the_top_k_of_scores_that_move_is_exact_in_any_dtype(dtype):
         scores = [score + 0.01 * drawn(*score.shape, seed=call).to(dtype) for score in scores]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("decimals", [0, 1, 6])  # with many ties, some, none
+def test_the_masked_weight_is_the_weight_where_the_mask_is(dtype, turned, decimals):
+    finder, weight = TopK(), drawn(30, 40, seed=1).to(dtype)
+    weight[0, :3] = torch.tensor([torch.nan, torch.inf, -0.0])
+    weight = weight.T.contiguous().T if turned else weight
+    for kept in (0, 1, 700, 701, 1199, 1200):
+        scores = drawn(30, 40, seed=kept).round(decimals=decimals)
+        scores[1, :2] = torch.tensor([torch.inf, -torch.inf])
+        for _ in range(2):  # searched, then proved or found in the band
+            found = finder.winners([scores], kept)
+            right = torch.where(top_k(scores, kept), weight, 0)
+            given = found.masked(weight, scores)
+            assert torch.equal(found.mask(scores), top_k(scores, kept))
+            assert given.dtype == dtype and torch.equal(given.nan_to_num(7), right.nan_to_num(7))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8])
+def test_scores_that_are_no_numbers_are_refused_whatever_is_kept(kept):
+    scores = torch.arange(8.0)
+    finder = TopK()
+    finder([scores], kept)
+    scores[2] = torch.nan
+    for find in (lambda: finder([scores], kept), lambda: top_k(scores, kept)):
+        with pytest.raises(ValueError, match="1 of 8 scores are NaN"):
+            find()
+
+
 def test_scores_that_drift_are_searched_once():
     finder, scores, drift = TopK(), drawn(200_000), drawn(200_000, seed=1)
     for _ in range(40):

@@ -126,7 +126,7 @@ def _timed_step(masked, weight):
     step = masked.group.forward_pass  # within one, the mask is found once
     start = time.perf_counter()
     step.enter()
-    masked.group.mask_of(masked.place)
+    masked.group.winners(masked.place)
     found = time.perf_counter()
     effective = masked(weight)
     step.leave()
