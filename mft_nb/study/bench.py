@@ -78,23 +78,45 @@ def ratio(
 def training_bytes(
     trainee: Trainee,  # prepared
     batch: dict[str, Any],  # one batch
-) -> dict[str, int]:  # bytes of scores, gradients, optimizer, masked copies with their masks
+) -> dict[str, int]:  # bytes of scores, gradients, optimizer, masked copies
     "The memory that training needs besides the model's own weights."
     inputs = {name: value for name, value in batch.items() if name != "rows"}
-    trainee.model(**inputs).loss.backward()
+    loss, copies = _forward_copies(trainee.model, inputs)
+    loss.backward()
     gradients = sum(p.grad.nbytes for p in trainee.trained if p.grad is not None)
     trainee.optimizer.step()
     states = trainee.optimizer.state.values()
     tensors = [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
     trainee.optimizer.zero_grad()
     scores = trainee.mft.scores if trainee.mft else []
-    masked = trainee.mft.base_weights().values() if trainee.mft else []
     return {
         "scores": sum(score.nbytes for score in scores),
         "gradients": gradients,
         "optimizer": sum(tensor.nbytes for tensor in tensors),
-        "copies": sum(weight.nbytes + weight.numel() for weight in masked),
+        "copies": copies,
     }
+
+
+def _forward_copies(model, inputs):
+    "The loss, and the bytes of the masked weights that autograd keeps for the backward pass."
+    made, kept = [], {}
+
+    def note(masked, inputs, output):
+        made.append(output)  # held, so that nothing else comes to lie where it was
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    masked = [one for one in model.modules() if isinstance(one, MaskedWeight)]
+    hooks = [one.register_forward_hook(note) for one in masked]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    for hook in hooks:
+        hook.remove()
+    places = {weight.untyped_storage().data_ptr() for weight in made}
+    return loss, sum(size for place, size in kept.items() if place in places)
 
 # %% ../../nbs/study/22_bench.ipynb #f6f90ebf
 def cost_by_size(
