@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -276,34 +277,6 @@ class MaskedWeight(nn.Module):
         if group.schedule:
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def checked_scores(self) -> Tensor:
-        "The scores; RuntimeError where they have no values that could be compared."
-        if torch.jit.is_tracing():
-            raise RuntimeError(MERGE_FIRST.format(what="torch.jit.trace"))
-        scores = self.scores.detach()
-        if scores.is_meta:
-            raise RuntimeError(
-                f"The scores of {self.info.name} are offloaded (device meta). Load the whole model "
-                "into memory, without device_map, to train a mask."
-            )
-        if scores.shape != self._score_shape:
-            raise RuntimeError(
-                f"The scores of {self.info.name} are sharded by FullyShardedDataParallel. Call "
-                "this within FSDP.summon_full_params(model), or shard with fully_shard."
-            )
-        if scores.dtype != self._score_dtype:
-            kind = str(scores.dtype).removeprefix("torch.")
-            raise RuntimeError(
-                f"The scores of {self.info.name} are rounded to {kind}, as by FSDP's mixed "
-                "precision, so the mask in use would not be the one that is saved. Leave "
-                "param_dtype out and use torch.autocast."
-            )
-        try:
-            local_part(scores).data_ptr()
-        except RuntimeError:
-            raise RuntimeError(MERGE_FIRST.format(what="torch.export or torch.func")) from None
-        return scores
-
     def __getstate__(self):
         if self.group.steps:
             self.group.steps.count()  # before a copy, which has no gradients to tell by
@@ -312,28 +285,6 @@ class MaskedWeight(nn.Module):
     def __setstate__(self, state):  # torch copies no hooks of a parameter
         super().__setstate__(state)
         self._watched = ()
-
-    def _watch_gradients(self):
-        "Let the scores tell of a gradient that arrives in `.grad`."
-        if not self._watched or self._watched[0] is not self.scores:
-            self._watched = (self.scores,)
-            self.scores.register_post_accumulate_grad_hook(self._note_accumulated)
-
-    def _note_accumulated(self, scores):
-        self.group.steps.accumulated = True
-
-    @property
-    def mask(self) -> Tensor:  # bool, in the shape of the weight
-        "The mask that the present scores make; of sharded scores on all ranks."
-        return self.whole(self.group.masks()[self.place])
-
-    def whole(
-        self,
-        mask: Tensor,  # from `ScoreGroup.masks`
-    ) -> Tensor:  # bool, in the shape of the weight
-        "The mask of all weights from that of the scores."
-        mask = whole_mask(mask, self.scores)
-        return mask if self.units is None else self.units.spread(mask)
 
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def forward(self, weight: Tensor) -> Tensor:
@@ -363,6 +314,65 @@ class MaskedWeight(nn.Module):
             if gradient is not None:
                 self.scores.grad = gradient.to(self.scores.device, before.dtype)
         return self
+
+# %% ../nbs/07_scores.ipynb #mask-whole
+@patch(as_prop=True)
+def mask(self: MaskedWeight) -> Tensor:  # bool, in the shape of the weight
+    "The mask that the present scores make; of sharded scores on all ranks."
+    return self.whole(self.group.masks()[self.place])
+
+
+@patch
+def whole(
+    self: MaskedWeight,
+    mask: Tensor,  # from `ScoreGroup.masks`
+) -> Tensor:  # bool, in the shape of the weight
+    "The mask of all weights from that of the scores."
+    mask = whole_mask(mask, self.scores)
+    return mask if self.units is None else self.units.spread(mask)
+
+# %% ../nbs/07_scores.ipynb #checked-scores
+@patch
+def checked_scores(self: MaskedWeight) -> Tensor:
+    "The scores; RuntimeError where they have no values that could be compared."
+    if torch.jit.is_tracing():
+        raise RuntimeError(MERGE_FIRST.format(what="torch.jit.trace"))
+    scores = self.scores.detach()
+    if scores.is_meta:
+        raise RuntimeError(
+            f"The scores of {self.info.name} are offloaded (device meta). Load the whole model "
+            "into memory, without device_map, to train a mask."
+        )
+    if scores.shape != self._score_shape:
+        raise RuntimeError(
+            f"The scores of {self.info.name} are sharded by FullyShardedDataParallel. Call "
+            "this within FSDP.summon_full_params(model), or shard with fully_shard."
+        )
+    if scores.dtype != self._score_dtype:
+        kind = str(scores.dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"The scores of {self.info.name} are rounded to {kind}, as by FSDP's mixed "
+            "precision, so the mask in use would not be the one that is saved. Leave "
+            "param_dtype out and use torch.autocast."
+        )
+    try:
+        local_part(scores).data_ptr()
+    except RuntimeError:
+        raise RuntimeError(MERGE_FIRST.format(what="torch.export or torch.func")) from None
+    return scores
+
+# %% ../nbs/07_scores.ipynb #watch-gradients
+@patch
+def _watch_gradients(self: MaskedWeight):
+    "Let the scores tell of a gradient that arrives in `.grad`."
+    if not self._watched or self._watched[0] is not self.scores:
+        self._watched = (self.scores,)
+        self.scores.register_post_accumulate_grad_hook(self._note_accumulated)
+
+
+@patch
+def _note_accumulated(self: MaskedWeight, scores):
+    self.group.steps.accumulated = True
 
 # %% ../nbs/07_scores.ipynb #attach-code
 _ORIGINAL, SCORES = "parametrizations.weight.original", "parametrizations.weight.0.scores"

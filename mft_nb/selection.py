@@ -193,29 +193,35 @@ class TopK:
         self._last = found
         return found
 
-    def _holds(self, flat, kept):
-        "Whether all scores are above the last threshold or not above it, and `kept` are above."
-        if self._last is None or any(map(len, self._last.ties)):
-            return False
-        threshold, total = self._last.threshold, sum(map(len, flat))
-        if sum(count_kept(_above(one, threshold)) for one in flat) != kept:
-            return False
-        return sum(count_kept(one <= threshold) for one in flat) == total - kept  # no NaN
+# %% ../nbs/04_selection.ipynb #holds-anew
+@patch
+def _holds(self: TopK, flat, kept):
+    "Whether all scores are above the last threshold or not above it, and `kept` are above."
+    if self._last is None or any(map(len, self._last.ties)):
+        return False
+    threshold, total = self._last.threshold, sum(map(len, flat))
+    if sum(count_kept(_above(one, threshold)) for one in flat) != kept:
+        return False
+    return sum(count_kept(one <= threshold) for one in flat) == total - kept  # no NaN
 
-    def _anew(self, flat, kept):
-        "Search all scores, and remember a band around the threshold."
-        found, self._band = _search(flat, kept), None
-        if 0 < kept < sum(map(len, flat)) and _fast(flat):
-            values = _array(torch.cat(flat))
-            self._band = self._band_around(values, len(values) - kept)
-        return found
 
-    def _band_around(self, values, threshold):
-        "The values some places before and after the threshold; None where they are equal."
-        margin = max(1, round(len(values) * self._share / 2))
-        edges = (max(0, threshold - margin), min(len(values) - 1, threshold + margin))
-        low, high = np.partition(values, edges)[list(edges)]
-        return (low, high) if low < high else None
+@patch
+def _anew(self: TopK, flat, kept):
+    "Search all scores, and remember a band around the threshold."
+    found, self._band = _search(flat, kept), None
+    if 0 < kept < sum(map(len, flat)) and _fast(flat):
+        values = _array(torch.cat(flat))
+        self._band = self._band_around(values, len(values) - kept)
+    return found
+
+
+@patch
+def _band_around(self: TopK, values, threshold):
+    "The values some places before and after the threshold; None where they are equal."
+    margin = max(1, round(len(values) * self._share / 2))
+    edges = (max(0, threshold - margin), min(len(values) - 1, threshold + margin))
+    low, high = np.partition(values, edges)[list(edges)]
+    return (low, high) if low < high else None
 
 # %% ../nbs/04_selection.ipynb #ec3c6f64
 _BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
