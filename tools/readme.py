@@ -8,6 +8,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = {"language_info": {"name": "python"}}  # for the colours of code
 
 
 def shown(cell):
@@ -31,7 +32,7 @@ def main(folder=ROOT):
     exporter = MarkdownExporter()
     for cell in notebook.cells:
         exporter.exclude_input = cell.id in hidden
-        alone = nbformat.v4.new_notebook(cells=[cell])
+        alone = nbformat.v4.new_notebook(cells=[cell], metadata=PYTHON)
         text, extra = exporter.from_notebook_node(alone)
         for name, content in extra["outputs"].items():
             picture = f"figures/front_page_{len(pictures)}.png"
