@@ -32,6 +32,7 @@ from mft_nb.scores import (
     ForwardPass,
     MaskedWeight,
     ScoreGroup,
+    StepCounter,
     attach_scores,
     detach_scores,
     initial_scores,
@@ -117,11 +118,11 @@ def _make_scores(self: MFT, names):
     config, scope = self.config, find_scope(self.config.scope)
     infos = describe_weights(self.model, names, config.heads)
     generator = torch.Generator().manual_seed(config.init_seed)
-    absolute, groups = config.ranking == "absolute", {}
+    absolute, groups, steps = config.ranking == "absolute", {}, StepCounter()
     for name, key in scope.groups(names).items():
         if key not in groups:
             groups[key] = ScoreGroup(
-                config.keep, scope, absolute, config.schedule, self._forward_pass
+                config.keep, scope, absolute, config.schedule, self._forward_pass, steps
             )
         weight, units = self.model.get_parameter(name), scope.units(infos[name])
         scores = initial_scores(weight, config.init, config.init_scale, generator, units)

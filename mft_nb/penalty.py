@@ -61,11 +61,17 @@ class Penalty:
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def __call__(self, model: nn.Module, inputs: tuple, options: dict, output: Any) -> Any:
         "After a forward pass of the model."
-        if not model.training or not torch.is_grad_enabled():
-            return output
+        if not model.training or not torch.is_grad_enabled() or self.groups[0].forward_pass.depth:
+            return output  # within another pass of the model, the outer one adds it
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is None:
             return output
+        if loss.numel() > 1:
+            raise ValueError(
+                f"The loss that the model returns has {loss.numel()} values; the penalty on the "
+                "scores (l1) is added to one. Let the model return their mean, or give "
+                "MaskConfig(l1=0) and add the penalty yourself."
+            )
         return _with_loss(output, loss + _part_of_step(model, options) * self.value())
 
     def _warn_if_unheard(self):

@@ -8,10 +8,11 @@ __all__ = ['MERGE_FIRST', 'SCORES', 'ForwardPass', 'StepCounter', 'ScoreGroup', 
 
 # %% ../nbs/07_scores.ipynb #imports-06_scores
 import inspect
+import sys
 import threading
 import weakref
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -45,18 +46,19 @@ class _StraightThrough(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         weight, scores, _, parametrization = inputs
         ctx.group, ctx.units = parametrization.group, parametrization.units
-        ctx.save_for_backward(weight, scores if ctx.group.absolute else None)
-        ctx.dtype = scores.dtype
+        signs = scores.detach().sign().to(torch.int8) if ctx.group.absolute else None
+        ctx.save_for_backward(weight, signs)
+        ctx.dtype, ctx.thread = scores.dtype, threading.get_ident()
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, scores = ctx.saved_tensors
+        weight, signs = ctx.saved_tensors
         to_scores = gradient.to(ctx.dtype) * weight
         if ctx.units is not None:
             to_scores = ctx.units.collect(to_scores)
-        if scores is not None:
-            to_scores = to_scores * scores.sign()
-        ctx.group.note_gradient()
+        if signs is not None:
+            to_scores = to_scores * signs
+        ctx.group.note_gradient(ctx.thread)
         return None, to_scores, None, None
 
 
@@ -65,87 +67,136 @@ _StraightThrough.forward.__signature__ = inspect.signature(_StraightThrough.forw
 
 # %% ../nbs/07_scores.ipynb #forward-pass
 class ForwardPass(threading.local):
-    "Which forward pass of the masked model this thread is in."
+    "The forward pass of the masked model that this thread is in, and what was found in it."
 
-    now = None  # an object of its own for each pass; None outside of one
-    depth = 0
+    def __init__(self):  # in each thread
+        self._calls = []  # frames of the calls of the model that go on, the outermost first
+        self._found = {}
 
     def enter(self) -> None:
         "A pass begins, perhaps within another one."
-        self.depth += 1
-        self.now = self.now or object()
+        self._drop_broken()
+        self._calls.append(_module_call())
 
     def leave(self) -> None:
         "It ends."
-        self.depth = max(0, self.depth - 1)
-        if not self.depth:
-            self.now = None
+        self._calls = self._calls[:-1]
+        self._found = self._found if self._calls else {}
+
+    @property
+    def depth(self) -> int:  # 0 outside of a pass, 2 and more within another one
+        "How many calls of the model go on."
+        self._drop_broken()
+        return len(self._calls)
+
+    def found(self) -> dict | None:  # to be filled; None outside of a pass
+        "What was found in the pass that goes on."
+        return self._found if self.depth else None
+
+    def _drop_broken(self):
+        "Forget calls that ended without `leave`, as after Ctrl-C."
+        if not self._calls:
+            return
+        frame, on_stack = sys._getframe(), set()
+        while frame:
+            on_stack.add(id(frame))
+            frame = frame.f_back
+        whole = bool(self._calls) and id(self._calls[0]) in on_stack
+        self._calls = [call for call in self._calls if id(call) in on_stack]
+        if not whole:
+            self._found = {}
 
     def __deepcopy__(self, memo):
         return type(self)()
 
+
+def _module_call():
+    "The frame of torch's call of a module that this is called within."
+    frame = sys._getframe(2)
+    while frame and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
+
 # %% ../nbs/07_scores.ipynb #steps-code
 class StepCounter:
-    "Counts the optimizer steps of a group of scores."
+    "Counts the optimizer steps of a model's scores."
 
-    def __init__(
-        self,
-        group: Any,  # the `ScoreGroup` whose members hold the count
-    ):
-        self.group = group
-        self.accumulated = False  # whether a gradient has come to `.grad` since
-        self._pending = None  # some scores of before a step that is awaited
+    def __init__(self):
+        self.groups = []  # `ScoreGroup`s, whose members hold the count
+        self.accumulated = False  # whether a gradient that is not 0 has come to `.grad` since
+        self._pending = None  # a sum of the scores of before a step that is awaited
+        self._due = 0  # steps seen within a backward pass
         self._backward = None  # weak reference to what autograd calls after the backward pass
+        self.lock = threading.RLock()
 
     def __getstate__(self):  # a copy waits for nothing
-        return self.__dict__ | {"_pending": None, "_backward": None}
+        state = self.__dict__ | {"_pending": None, "_backward": None}
+        return {name: value for name, value in state.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, lock=threading.RLock())
 
     def now(self) -> int:  # optimizer steps so far
         "Steps done, with the last one; RuntimeError with scores that FSDP shards."
         self._check()
         self.count()
-        return int(self.group.members[0].steps)
+        return int(self._members()[0].steps)
 
     def note_gradient(self) -> None:
-        "A gradient came through a mask: if it is the first of its backward pass, count."
+        "A gradient came through a mask: if it is the first of its backward pass, look for a step."
         self._check()
-        with self.group.lock:  # no other thread reads a gradient that is being written
+        with self.lock:  # no other thread reads a gradient that is being written
             if not self._in_backward():
-                self.count()
+                self._look()
                 leave = partial(setattr, self, "_backward", None)
                 self._backward = weakref.ref(leave)  # autograd frees it if the pass fails
                 torch.autograd.Variable._execution_engine.queue_callback(leave)
             if self._pending is None:
-                self._pending, self.accumulated = self._sample(), False
+                self._pending, self.accumulated = self._sums(), False
 
     def count(self) -> None:
         "Count a step if the gradient of the last backward pass has been used."
-        members = self.group.members
-        with self.group.lock:
-            if self._pending is None or self._in_backward():
+        with self.lock:
+            if self._in_backward() or torch._C._current_graph_task_id() >= 0:
                 return
-            grads = [member.scores.grad for member in members]
-            cleared = self.accumulated and all(grad is None or not grad.any() for grad in grads)
-            pairs = zip(self._pending, self._sample(), strict=True)
-            if cleared or not all(torch.equal(*pair) for pair in pairs):
-                self._pending = None
-                for member in members:
-                    member.steps += 1
+            self._look()
+            if self._due:
+                for member in self._members():
+                    member.steps += self._due
+                self._due = 0
+
+    def note_accumulated(self, scores: Tensor) -> None:
+        "A gradient has come to `.grad`."
+        self.accumulated = self.accumulated or bool(scores.grad.any())
+
+    def _look(self):
+        "See whether the awaited step was done."
+        if self._pending is None:
+            return
+        grads = [member.scores.grad for member in self._members()]
+        cleared = self.accumulated and all(grad is None or not grad.any() for grad in grads)
+        if cleared or self._pending != self._sums():
+            self._pending = None
+            self._due += 1
 
     def _in_backward(self):
         backward = self._backward  # another thread may leave it now
         return backward is not None and backward() is not None
 
+    def _members(self):
+        return [member for group in self.groups for member in group.members]
+
     def _check(self):
-        if any(is_sharded(member.scores) for member in self.group.members):
+        if any(is_sharded(member.scores) for member in self._members()):
             raise RuntimeError(
                 "A schedule of keep is not supported with scores that FSDP shards. Give "
                 "MaskConfig(schedule=())."
             )
 
-    def _sample(self):
-        "A few scores of each member, to tell whether a step was done."
-        return [member.scores.detach().reshape(-1)[:64].clone() for member in self.group.members]
+    def _sums(self):
+        "A sum over the bits of each member's scores, to tell whether any has changed."
+        scores = [member.scores.detach().reshape(-1) for member in self._members()]
+        return [int(one.view(torch.int32).sum(dtype=torch.int64)) for one in scores]
 
 # %% ../nbs/07_scores.ipynb #8ed4346f
 class ScoreGroup:
@@ -158,6 +209,7 @@ class ScoreGroup:
         absolute: bool = False,  # whether |scores| are ranked
         schedule: tuple = (),  # (optimizer step, fraction) pairs, see `check_schedule`
         forward_pass: ForwardPass | None = None,  # of the model that the scores are on
+        steps: StepCounter | None = None,  # of that model, where there is a schedule
     ):
         self.scope = find_scope(scope, keep) if isinstance(scope, str) else scope
         self.keep = keep
@@ -168,13 +220,14 @@ class ScoreGroup:
         self.finder = TopK()
         self.gradients = 0  # backward passes through a mask of this group
         self.on_gradient = None  # called after each of them
-        self._found = (None, None)  # a forward pass, and what was found for it
-        self.steps = StepCounter(self) if schedule else None
+        self.trained_by = None  # the thread whose forward pass the last gradient belongs to
+        self.steps = (steps or StepCounter()) if schedule else None
+        if self.steps:
+            self.steps.groups.append(self)
         self.lock = threading.RLock()  # one thread at a time searches or counts
 
     def __getstate__(self):  # a copy gets a lock of its own
-        state = self.__dict__ | {"_found": (None, None)}
-        return {name: value for name, value in state.items() if name != "lock"}
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
 
     def __setstate__(self, state):
         self.__dict__.update(state, lock=threading.RLock())
@@ -192,12 +245,19 @@ class ScoreGroup:
     ) -> tuple[Winners, Tensor]:  # of the group; and the member's scores as they are ranked
         "Who wins with the present scores."
         with self.lock:
-            now = self.forward_pass.now
-            if now is not None and now is self._found[0]:
-                return self._found[1], self._ranked(self.members[place])
+            found = self.forward_pass.found() if len(self.members) > 1 else None
+            winners, ranked, read = (found or {}).get(id(self), (None, None, {place}))
+            if place not in read:
+                read.add(place)
+                return winners, ranked[place] if ranked else self._ranked(self.members[place])
             ranked = [self._ranked(member) for member in self.members]
-            self._found = (now, self._find_named(ranked))
-            return self._found[1], ranked[place]
+            copied = self.trained_by not in (None, threading.get_ident())
+            if copied:
+                ranked = [one.clone() for one in ranked]
+            winners = self._find_named(ranked)
+            if found is not None:
+                found[id(self)] = (winners, ranked if copied else None, {place})
+            return winners, ranked[place]
 
     def _ranked(self, member):
         scores = member.checked_scores()
@@ -237,9 +297,13 @@ class ScoreGroup:
         "The fraction to keep now."
         return keep_at(self.schedule, self.keep, self.steps.now() if self.steps else 0)
 
-    def note_gradient(self) -> None:
+    def note_gradient(
+        self,
+        thread: int,  # whose forward pass it belongs to
+    ) -> None:
         "A gradient came through a mask of this group."
         self.gradients += 1
+        self.trained_by = thread
         if self.steps:
             self.steps.note_gradient()
         if self.on_gradient:
@@ -372,7 +436,7 @@ def _watch_gradients(self: MaskedWeight):
 
 @patch
 def _note_accumulated(self: MaskedWeight, scores):
-    self.group.steps.accumulated = True
+    self.group.steps.note_accumulated(scores)
 
 # %% ../nbs/07_scores.ipynb #attach-code
 _ORIGINAL, SCORES = "parametrizations.weight.original", "parametrizations.weight.0.scores"

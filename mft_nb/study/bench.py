@@ -133,32 +133,30 @@ def cost_by_size(
         noise = torch.randn(1000, generator=generator) * 1e-3
         masked(weight)
         timed = []
-        for _ in range(repeats):
+        for number in range(2 * repeats):
             with torch.no_grad():
-                masked.scores += noise.roll(1)
-                noise = noise.roll(7)
-            timed.append(_timed_step(masked, weight))
-        selection, whole = (float(np.median(seconds)) for seconds in zip(*timed, strict=True))
+                masked.scores += noise.roll(number)
+            timed.append((_timed_search if number % 2 else _timed_step)(masked, weight))
+        whole, selection = (float(np.median(seconds)) for seconds in (timed[::2], timed[1::2]))
         costs.append({"size": size, "selection": selection, "all": whole})
     return costs
 
 # %% ../../nbs/study/23_bench.ipynb #547db6ba
-def _timed_step(masked, weight):
-    "Seconds of finding the mask, and of all that masking adds to a forward and a backward pass."
-    step = masked.group.forward_pass  # within one, the mask is found once
+def _timed_search(masked, weight):
+    "Seconds of finding the mask."
     start = time.perf_counter()
-    step.enter()
     masked.group.winners(masked.place)
-    found = time.perf_counter()
-    effective = masked(weight)
-    step.leave()
-    gap = time.perf_counter()
+    return time.perf_counter() - start
+
+
+def _timed_step(masked, weight):
+    "Seconds of all that masking adds to a forward and a backward pass."
     gradient = torch.ones_like(weight)
-    resumed = time.perf_counter()
-    effective.backward(gradient)
+    start = time.perf_counter()
+    masked(weight).backward(gradient)
     end = time.perf_counter()
     masked.scores.grad = None
-    return found - start, gap - start + end - resumed
+    return end - start
 
 
 def log_log_slope(
