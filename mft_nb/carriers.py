@@ -7,6 +7,7 @@ __all__ = ['check_model', 'choose_weights', 'check_weights']
 
 # %% ../nbs/11_carriers.ipynb #imports-carriers
 import re
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from .bitmask import BitMask, check_same_shapes, mask_holders
 from .config import MaskConfig
 from .scores import MaskedWeight
 from .selection import find_scope
-from .sharded import whole_tensor
+from .sharded import is_sharded, whole_tensor
 from .targets import check_maskable, linear_modules, maskable_weights, warn_unreached
 
 # %% ../nbs/11_carriers.ipynb #ff8a0fe7
@@ -106,6 +107,32 @@ def check_weights(
         ends = torch.stack(whole_tensor(weight).aminmax())  # both are NaN where one weight is
         if not torch.isfinite(ends).all():
             raise ValueError(f"The weight {name!r} holds NaN or infinity. Load the model again.")
+    _refuse_shared_memory(parameters, set(names))
+    if not mask and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Scores that are made under torch.inference_mode() cannot be trained. Make the MFT "
+            "outside of it."
+        )
+
+
+def _refuse_shared_memory(parameters, chosen):
+    "Refuse a chosen weight that lies in the memory of another parameter."
+    places = []
+    for name, parameter in parameters.items():
+        whole = not is_sharded(parameter) and parameter.layout == torch.strided
+        if whole and parameter.numel() and not parameter.is_meta:
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = parameter.data_ptr()
+            end = start + length * parameter.element_size()
+            places.append((str(parameter.device), start, end, name))
+    places.sort()
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(places):
+        if device == other_device and start < end and {name, other} & chosen:
+            raise ValueError(
+                f"The parameters {name!r} and {other!r} lie in one memory, so a mask on one would "
+                "prune the other. Make them one parameter, or give one a copy of its own."
+            )
 
 
 def _is_offloaded(module):

@@ -10,10 +10,11 @@ import asyncio
 import threading
 import warnings
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mft_nb.bitmask import (
 )
 from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import load_mask
-from .scores import MaskedWeight
+from .scores import MaskedWeight, calls_going_on, module_call
 
 # %% ../nbs/13_switch.ipynb #e6a1b7f4
 _PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
@@ -53,6 +54,15 @@ def _who():
     except RuntimeError:  # no loop runs in this thread
         task = None
     return task or threading.current_thread()
+
+
+_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
+
+
+def _asked_by_context(switch, default):
+    "The mask that the caller of this thread asked a switch for."
+    asked = _ASKED.get()
+    return asked[1] if asked and asked[0]() is switch else default
 
 
 @dataclass(eq=False)
@@ -118,7 +128,7 @@ class MaskSwitch:
         "Nobody uses the model, as far as this switch knows."
         self._state = threading.Condition()
         self._blocks = []  # open `using` blocks, the innermost last
-        self._running = Counter()  # by thread: forward passes that are going on
+        self._running = defaultdict(list)  # by thread: calls of the model that go on
         self._asked = weakref.WeakKeyDictionary()  # by caller: the mask that it asked for by `use`
 
     def _watch(self):
@@ -232,14 +242,14 @@ def _enter_forward(self: MaskSwitch):
     "A forward pass begins; refuse one that would not get the mask that its caller counts on."
     with self._state:
         who = _who()
-        self._running[threading.get_ident()] += 1  # torch calls `leave` after an error too
+        self._running[threading.get_ident()].append(module_call())  # until `leave`, or Ctrl-C
         if self._blocks and self._blocks[-1].who is not who:
             raise RuntimeError(
                 f"The mask {self._active!r} is in force for a `with switch.using(...)` block of "
                 "another thread or coroutine. Run the model in a block of your own, which waits: "
                 "`with switch.using(name):`, or using(None) for the base."
             )
-        asked = self._asked.get(who, self._active)
+        asked = self._asked.get(who, _asked_by_context(self, self._active))
         if not self._blocks and asked != self._active:
             raise RuntimeError(
                 f"This thread asked for the mask {asked!r}, and another one has put "
@@ -252,15 +262,21 @@ def _enter_forward(self: MaskSwitch):
 def _leave_forward(self: MaskSwitch):
     "A forward pass ends."
     with self._state:
-        self._running[threading.get_ident()] -= 1
+        self._running[threading.get_ident()] = self._goes_on(threading.get_ident())[:-1]
         self._state.notify_all()
+
+
+@patch
+def _goes_on(self: MaskSwitch, thread):
+    "Calls of the model in a thread, without those that Ctrl-C broke off."
+    return calls_going_on(self._running[thread], thread)
 
 
 @patch
 def _wait_for_turn(self: MaskSwitch):
     "Wait, with the lock held, until no other thread is in a block or in a forward pass."
     me = threading.get_ident()
-    if self._running[me] > 0:
+    if self._goes_on(me):
         raise RuntimeError(
             "The mask cannot be switched within a forward pass of the model. Switch before or "
             "after it."
@@ -268,9 +284,11 @@ def _wait_for_turn(self: MaskSwitch):
 
     def free():
         blocked = self._blocks and self._blocks[-1].thread != me
-        return not blocked and not any(n for thread, n in self._running.items() if thread != me)
+        others = [thread for thread in self._running if thread != me]
+        return not blocked and not any(map(self._goes_on, others))
 
-    self._state.wait_for(free)
+    while not self._state.wait_for(free, timeout=0.2):
+        pass  # a pass that was broken off wakes nobody
     if self._blocks and self._blocks[-1].who is not _who():
         raise RuntimeError(
             "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
@@ -332,6 +350,7 @@ def use(
         self._wait_for_turn()
         self._switch_to(name)
         self._asked[_who()] = name
+        _ASKED.set((weakref.ref(self), name))
 
 
 @patch

@@ -374,8 +374,8 @@ def unreached_weights(
     inside = {places[name].layer for name in chosen if name in places}
     if layers is not None:
         inside |= set(_chosen_layers(places, layers))
-    inside = tuple(f"{layer}." for layer in inside)
-    own = [pattern for pattern in exclude_modules if pattern not in DEFAULT_EXCLUDE]
+    inside = tuple(f"{layer}." for layer in inside) or ("",)  # the whole model has no layers
+    own = [p for p in exclude_modules if p not in DEFAULT_EXCLUDE or inside == ("",)]
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return {
         name: parameter.numel()

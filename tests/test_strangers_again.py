@@ -1,5 +1,6 @@
 """What a second stranger did: passes broken off, scores that move meanwhile, steps of schedules."""
 
+import asyncio
 import threading
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mft_nb.bitmask import random_mask
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
+from mft_nb.switch import MaskSwitch
+from mft_nb.targets import maskable_weights
 from tests.strangers import Stack, config
 
 SCHEDULE = [(0, 1.0), (10, 0.5)]
@@ -195,3 +199,79 @@ def test_a_penalty_on_a_loss_of_many_values_is_refused():
     MFT(model, config(l1=0.1))
     with pytest.raises(ValueError, match="has 5 values"):
         model(torch.ones(5, 8))
+
+
+def test_two_parameters_in_one_memory_are_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' lie in one memory"):
+        MFT(model, config())
+
+
+def test_parameters_side_by_side_in_one_storage_are_not_shared():
+    flat = torch.randn(2 * 16 * 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    for layer, part in zip(model, flat.split(256), strict=True):
+        layer.weight = nn.Parameter(part.view(16, 16))
+    assert len(MFT(model, config()).scores) == 2
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_what_no_mask_reaches_is_named_where_there_are_no_layers(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.MultiheadAttention(16, 2) if kind == "attention" else nn.GRU(16, 16)
+            self.fc = nn.Linear(16, 3)
+
+    with pytest.warns(UserWarning, match="left whole, because no mask reaches them: first"):
+        MFT(Net(), MaskConfig(layers="all"))
+
+
+def test_scores_made_under_inference_mode_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be trained. Make the"):
+        MFT(model, config())
+
+
+def test_a_switch_goes_on_after_a_pass_that_was_broken_off():
+    model = nn.Sequential(nn.Linear(8, 8), Stops())
+    masks = MaskSwitch(model)
+    masks.add("a", random_mask(maskable_weights(model, layers="all"), 0.5))
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 8))
+    masks.use("a")
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 8))
+    other = threading.Thread(target=masks.use, args=(None,))
+    other.start()
+    other.join(timeout=10)
+    assert not other.is_alive() and masks.active is None
+
+
+def test_a_worker_thread_knows_what_its_coroutine_asked_for():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(16, 16)), torch.randn(4, 16)
+    masks, right = MaskSwitch(model), {}
+    for seed, name in enumerate("ab"):
+        mask = random_mask(maskable_weights(model, layers="all"), 0.5, seed=seed)
+        masks.add(name, mask)
+        masks.use(name)
+        right[name] = model(inputs)
+    wrong = []
+
+    async def request(name):
+        for _ in range(30):
+            masks.use(name)
+            try:
+                found = await asyncio.to_thread(model, inputs)
+            except RuntimeError as error:
+                assert "asked for the mask" in str(error)
+            else:
+                wrong.append(not torch.equal(found, right[name]))
+
+    async def main():
+        await asyncio.gather(request("a"), request("b"))
+
+    asyncio.run(main())
+    assert wrong and not any(wrong)
