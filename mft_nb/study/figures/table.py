@@ -45,7 +45,14 @@ from mft_nb.study.figures.style import (
     range_text,
     unique_legend,
 )
-from ..names import CHECKPOINT_NAMES, CONTROL_NAMES, METHOD_NAMES, RECIPE_OF
+from mft_nb.study.names import (
+    CHECKPOINT_NAMES,
+    CHECKPOINT_WORDS,
+    CONTROL_NAMES,
+    METHOD_NAMES,
+    MODEL_NAMES,
+    RECIPE_OF,
+)
 from ..records import MissingRecords, read_predictions, read_records
 from ..tables import accuracy_interval, results_frame
 
@@ -219,12 +226,14 @@ def front_figure(
         style = {"color": color, "marker": marker, "ms": 8, "ls": "", "lw": 1.8}
         name = (METHOD_NAMES | CONTROL_NAMES)[method]
         axes.errorbar(places, values[:, 0], ends, label=name, **style)
-    axes.set_xticks(range(len(CHECKPOINT_NAMES)), CHECKPOINT_NAMES.values())
+    axes.set_xticks(range(len(CHECKPOINT_WORDS)), CHECKPOINT_WORDS.values())
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside lower center", ncols=2)
     count = int(frame.n.iloc[0])
     title = "Trained masks lift weak models; continued fine-tuning does as much"
-    note = caption_start(folder, seeds, count) + " Bars: 95 % intervals over seeds."
+    note = f"{MODEL_NAMES.get(Path(folder).name, '')}. {caption_start(folder, seeds, count)} Bars: "
+    note += "95 % intervals over seeds. Half-trained and converged: stopped at about 75 and 90 % "
+    note += "on validation."
     headline(figure, title, note)
     return figure
 
