@@ -106,6 +106,12 @@ class Rest:
         self.buffers = {
             n: b.detach().clone() for n, b in model.named_buffers() if _is_kept(model, n)
         }
+        self._empty = [  # buffers without a tensor: the module, and the name there
+            (module, name)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None
+        ]
         base = {name: parameters[name].detach() for name in self._masked}
         self._digests = tensor_digests(self.untouched() | base)
         known = {*self._masked, *self.trained}
@@ -147,10 +153,12 @@ class Rest:
 # %% ../nbs/10_rest.ipynb #rest-added
 @patch
 def added(self: Rest) -> list[str]:
-    "Names of parameters that came into the model since."
-    known = self._saved | set(self._masked)
-    names = [name for name, _ in self.model.named_parameters() if name not in known]
-    return [name for name in names if ".parametrizations." not in f".{name}"]
+    "Names of parameters and saved buffers that came into the model since."
+    known, saved = self._saved | set(self._masked), set(self.model.state_dict())
+    names = [name for name, _ in self.model.named_parameters()]
+    names += [name for name, _ in self.model.named_buffers() if name in saved]
+    new = [name for name in names if name not in known]
+    return [name for name in new if ".parametrizations." not in f".{name}"]
 
 
 def _is_kept(model, name):
@@ -192,6 +200,8 @@ def restore(self: Rest) -> None:
     now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
     for name, before in (self.trained | self.buffers).items():
         now[name].data.copy_(before)
+    for module, name in self._empty:
+        module._buffers[name] = None
     base = {name: now[name].detach() for name in self._masked if name in now}
     if changed := self.changed_by_hand(base):
         warnings.warn(

@@ -82,14 +82,14 @@ def test_a_thread_reads_one_moment_of_scores_that_another_one_trains(scope):
     for layer in model:
         layer.register_forward_pre_hook(identity)
         layer.register_forward_hook(count)
-    other = threading.Thread(target=train)
+    other = threading.Thread(target=train, daemon=True)
     other.start()
-    started.wait()
+    assert started.wait(timeout=60)
     with torch.no_grad():
         for _ in range(60):
             model(eye)
     done.set()
-    other.join()
+    other.join(timeout=60)
     half = 128 * 128 // 2
     pairs = list(zip(seen[::2], seen[1::2], strict=True))
     assert set(map(sum, pairs)) == {2 * half}
@@ -243,7 +243,7 @@ def test_a_switch_goes_on_after_a_pass_that_was_broken_off():
     masks.use("a")
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(1, 8))
-    other = threading.Thread(target=masks.use, args=(None,))
+    other = threading.Thread(target=masks.use, args=(None,), daemon=True)
     other.start()
     other.join(timeout=10)
     assert not other.is_alive() and masks.active is None
@@ -275,3 +275,23 @@ def test_a_worker_thread_knows_what_its_coroutine_asked_for():
 
     asyncio.run(main())
     assert wrong and not any(wrong)
+
+
+def test_a_buffer_that_was_none_is_named_and_given_back(tmp_path):
+    class Centre(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+            self.register_buffer("mean", None)
+
+        def forward(self, inputs):
+            found = self.layer(inputs)
+            self.mean = found.detach().mean(0)
+            return found
+
+    model = Centre()
+    mft = MFT(model, config())
+    model(torch.ones(3, 16))
+    with pytest.warns(UserWarning, match="^mean changed or came in since the mask was put on"):
+        mft.save_pretrained(tmp_path / "mask")
+    assert mft.unload().mean is None
