@@ -115,6 +115,11 @@ def check_weights(
         )
 
 
+def _is_offloaded(module):
+    "Whether accelerate takes a module's weights away between forward passes."
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)
+
+# %% ../nbs/11_carriers.ipynb #shared-memory
 def _refuse_shared_memory(parameters, chosen):
     "Refuse a chosen weight that lies in the memory of another parameter."
     places = []
@@ -133,8 +138,3 @@ def _refuse_shared_memory(parameters, chosen):
                 f"The parameters {name!r} and {other!r} lie in one memory, so a mask on one would "
                 "prune the other. Make them one parameter, or give one a copy of its own."
             )
-
-
-def _is_offloaded(module):
-    "Whether accelerate takes a module's weights away between forward passes."
-    return getattr(getattr(module, "_hf_hook", None), "offload", False)
