@@ -154,11 +154,17 @@ class Rest:
 @patch
 def added(self: Rest) -> list[str]:
     "Names of parameters and saved buffers that came into the model since."
-    known, saved = self._saved | set(self._masked), set(self.model.state_dict())
+    known = self._saved | set(self._masked)
     names = [name for name, _ in self.model.named_parameters()]
-    names += [name for name, _ in self.model.named_buffers() if name in saved]
+    names += [name for name, _ in self.model.named_buffers() if _is_saved(self.model, name)]
     new = [name for name in names if name not in known]
     return [name for name in new if ".parametrizations." not in f".{name}"]
+
+
+def _is_saved(model, name):
+    "Whether `state_dict` has a buffer; asking it would make FSDP move weights."
+    module, _, own = name.rpartition(".")
+    return own not in model.get_submodule(module)._non_persistent_buffers_set
 
 
 def _is_kept(model, name):
