@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ANSWERS_FIRST = ("is_it_the_threshold",)  # pages by the present order
+FINDINGS = sorted((ROOT / "nbs" / "findings").glob("*.ipynb"))
 
 
 def words(text):
@@ -57,15 +57,47 @@ def test_a_quantity_has_one_number():
         assert any(number.group() in text or shown in text for text in texts), finding
 
 
-@pytest.mark.parametrize("page", ANSWERS_FIRST)
+@pytest.mark.parametrize("page", FINDINGS, ids=lambda page: page.stem)
 def test_a_page_answers_before_it_shows_code(page):
-    notebook = nbformat.read(ROOT / "nbs" / "findings" / f"{page}.ipynb", as_version=4)
+    notebook = nbformat.read(page, as_version=4)
     title, answer, *rest = [cell for cell in notebook.cells if "#| hide" not in cell.source]
     assert title.source.startswith("# ") and title.source.split("\n")[0].endswith("?")
     assert answer.cell_type == "markdown" and answer.source.startswith("**")
+    first = rest[0]
+    assert first.cell_type == "code"
+    assert any("image/png" in output.get("data", {}) for output in first.outputs), "no figure"
     order = "\n".join(cell.source for cell in rest if cell.cell_type == "markdown")
     parts = ["## How sure are we?", "## What we did not test", "## Method"]
     places = [order.index(part) for part in parts]
     assert places == sorted(places)
     code = [cell for cell in rest if cell.cell_type == "code"]
-    assert all("code-fold: true" in cell.source for cell in code)
+    assert all(cell.source.startswith("#| code-fold: true") for cell in code)
+
+
+@pytest.mark.parametrize("page", FINDINGS, ids=lambda page: page.stem)
+def test_a_page_explains_its_terms(page):
+    assert "](../glossary.ipynb)" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", FINDINGS, ids=lambda page: page.stem)
+def test_each_page_is_listed_on_the_front_page_and_in_the_sidebar(page):
+    assert f"](nbs/findings/{page.name})" in README
+    assert f"findings/{page.name}" in (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8")
+
+
+BANNED = (  # of STYLE's table: what a reader has to guess
+    "cannot be told|told apart|is not seen to|nothing is seen to|the seed experiment|seed recipe|"
+    "the small model|the larger model|rungs?|best checkpoint|baseline checkpoint"
+)
+
+
+@pytest.mark.parametrize("page", FINDINGS, ids=lambda page: page.stem)
+def test_a_page_speaks_plainly(page):
+    cells = nbformat.read(page, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    shown = "\n".join(
+        str(output.get("data", {}).get("text/markdown", ""))
+        for cell in cells
+        for output in cell.get("outputs", [])
+    )
+    assert not re.findall(rf"\b(?:{BANNED})\b", prose + shown)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mft_nb.study.claims import BERT_MFT, PAPER, PROGRAM, ledger
+from mft_nb.study.claims import BERT_MFT, PROGRAM, ledger
 from mft_nb.study.effects import effects, harmless_fraction
 from mft_nb.study.figures.inside import flipped_figure
 from mft_nb.study.figures.studies import STUDY_FIGURES, waterfall_figure
@@ -60,12 +60,20 @@ def test_each_figure_is_drawn(name, folder, tmp_path):
 
 
 def test_the_ledger_judges_what_was_put_in(folder):
-    settings = dict.fromkeys((BERT_MFT, PROGRAM, PAPER), "")
-    verdicts = ledger(folder, settings).set_index("claim").verdict
-    hurts = verdicts["MFT hurts the 90 % model"]  # 6 points put in; one more run may show 3.3
-    assert hurts == "replicates"
-    assert verdicts["it does better than full fine-tuning, here further"] == "does not"
-    assert verdicts["the loss is flatter around the masked model"] == "not run"
+    verdicts = ledger(folder).set_index("claim").verdict
+    assert verdicts["it matters which fraction is pruned"] == "replicates"  # 0.2 a unit put in
+    assert verdicts["it matters which layers are masked"] == "inconclusive"  # nothing put in
+    assert verdicts["the loss is flatter around a masked model"] == "not tested"
+    catastrophe = ledger(folder, PROGRAM).set_index("claim").loc["90 % at random is a catastrophe"]
+    assert catastrophe.verdict == "contradicted"  # 16 points put in, 39 reported
+
+
+def test_a_claim_about_another_treatment_has_a_number_and_no_verdict(folder):
+    table = ledger(folder, BERT_MFT).set_index("claim")
+    hurts = table.loc["MFT hurts the converged model"]  # 6 points put in, of a trained mask
+    assert hurts.verdict == "not tested"
+    assert hurts["ours [95 %]"].startswith(("\N{MINUS SIGN}6", "\N{MINUS SIGN}5"))
+    assert hurts["p, Holm"] == ""
 
 
 def test_the_waterfall_names_the_repair(folder):
