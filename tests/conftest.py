@@ -5,6 +5,7 @@ LONGEST = (
     "test_house_outputs_more",
     "test_study_experiment",
     "test_engine",
+    "test_study_figures",
     "test_study_records",
     "test_frozen",
     "test_resume",

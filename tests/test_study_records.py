@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from mft_nb.study.cli import grid_status
-from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
 from mft_nb.study.figures.table import GRADIENT_SWEEP, KEEP_SWEEP
 from mft_nb.study.plan import PUBLISHED, Workspace, plan, published_plan
 from mft_nb.study.records import read_predictions, read_record, read_records, summary
@@ -78,13 +77,3 @@ def test_the_grid_status_counts_records():
     assert status.loc[("sst2", "table"), "done"] == len(
         [path for path in (ROOT / "results" / "sst2").glob("*.csv")]
     )
-
-
-def test_published_figures_are_those_of_the_records(tmp_path):
-    drawn = {path.name for path in draw_all(ROOT / "results", tmp_path, ALL_FIGURES)}
-    published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
-    assert drawn == {name for name in published if not name.startswith("front_page")}
-    for name in drawn:
-        if name.endswith(".svg"):
-            fresh = (tmp_path / name).read_text()
-            assert fresh.count("<path") == (ROOT / "figures" / name).read_text().count("<path")

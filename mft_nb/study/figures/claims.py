@@ -21,14 +21,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..claims import judged
-from .style import GREY, STYLE, headline
+from .style import GREY, STYLE, WIDTH, headline
 from ..names import MODEL_NAMES
 from ..records import MissingRecords
 
 # %% ../../../nbs/study/20_claim_figures.ipynb #ledgfig2
-VERDICT_STYLES = {  # verdict: colour, marker
-    "replicates": ("#0072B2", "o"),
-    "contradicted": ("#D55E00", "X"),
+VERDICT_STYLES = {  # verdict: colour, marker; a colour of a treatment would say something else
+    "replicates": ("black", "o"),
+    "contradicted": ("black", "X"),
     "inconclusive": (GREY, "v"),
 }
 
@@ -45,7 +45,7 @@ def ledger_figure(
     ]
     if not rows:
         raise MissingRecords(f"{folder} has no runs that test a claim with a size.")
-    figure = Figure(figsize=(6.5, 1.9 + 0.55 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.9 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     _claim_rows(axes, rows)
     axes.set_xlabel("change of accuracy (points)")
@@ -70,17 +70,17 @@ _COUNTED = {  # how a title counts a verdict
 
 
 def _claim_rows(axes, rows):
-    "A row a claim: reported as a hollow diamond, ours in the colour of its verdict."
+    "A row a claim: reported as a hollow diamond, ours by the mark of its verdict."
     for row, (claim, effect, word) in enumerate(rows):
         color, marker = VERDICT_STYLES[word]
         if effect.low == effect.low:
-            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color=color, lw=4)
+            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color="0.7", lw=7)
             further = [100 * effect.next_low, 100 * effect.next_high]
-            axes.plot(further, [row, row], color=color, lw=1)
+            axes.plot(further, [row, row], color="0.7", lw=2)
         axes.plot(100 * effect.difference, row, marker, color=color, ms=8)
         axes.plot(100 * claim.effect, row, "D", color="black", mfc="none", ms=8)
     axes.axvline(0, color="black", ls=":", lw=1)
-    names = [fill(claim.text, 30) for claim, _, _ in rows]
+    names = [fill(claim.text, 24) for claim, _, _ in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
 

@@ -24,10 +24,10 @@ from .style import save_figure
 from .table import FIGURES
 from ..records import MissingRecords
 
-# %% ../../../nbs/study/21_draw.ipynb #5277b540
+# %% ../../../nbs/study/21_draw.ipynb #all-names
 ALL_FIGURES: dict[str, Callable[[Path], Figure]] = FIGURES | STUDY_FIGURES | INSIDE | LEDGER
 
-
+# %% ../../../nbs/study/21_draw.ipynb #5277b540
 def draw_all(
     results: str | Path,  # holds a folder of records a profile
     figures: str | Path,  # gets PROFILE_FIGURE.png and .svg

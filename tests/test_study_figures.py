@@ -1,0 +1,147 @@
+"""The figures of the study keep to the house style: a finding as title, few rows, large letters."""
+
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+
+from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
+from mft_nb.study.figures.style import COLORS, GREY
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = 12  # of a title, at most
+ROWS = 8  # with a name
+COLUMNS = 2  # of panels
+SEEN = 350  # pixels of width at which a figure must be read
+LETTER = 8  # pixels that the size of a letter must have there
+NEUTRAL = {"black", "white", GREY, "0.9"}  # of lines to compare with, rings and grids
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Every figure of every profile by name, drawn once, and the folder of its files."""
+    folder, found = tmp_path_factory.mktemp("figures"), {}
+
+    def keeping(name, draw):
+        def one(records):
+            figure = draw(records)
+            found[f"{records.name}_{name}"] = figure
+            return figure
+
+        return one
+
+    kept = {name: keeping(name, draw) for name, draw in ALL_FIGURES.items()}
+    draw_all(ROOT / "results", folder, kept)
+    return found, folder
+
+
+def failing(drawn, fault):
+    """What is wrong by the name of a figure."""
+    faults = {name: fault(figure) for name, figure in drawn[0].items()}
+    return {name: found for name, found in faults.items() if found}
+
+
+def title_of(figure):
+    """The title of a figure, in one line."""
+    return figure.texts[0].get_text().replace("\n", " ")
+
+
+def panels_of(figure):
+    """Panels that hold data."""
+    return [axes for axes in figure.axes if axes.has_data()]
+
+
+def texts_of(figure):
+    """Everything that is written, tick labels included, as far as it is shown."""
+    found = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axes in figure.axes:
+        found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            found += [tick.label1 for tick in ticks]
+    return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+def beyond(box, frame):
+    """Whether a box is not wholly within a frame."""
+    return box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+
+
+def test_published_figures_are_those_of_the_records(drawn):
+    fresh = {path.name for path in drawn[1].iterdir()}
+    published = {path.name for path in (ROOT / "figures").glob("*_*.*")}
+    assert fresh == {name for name in published if not name.startswith("front_page")}
+    for name in fresh:
+        if name.endswith(".svg"):
+            paths = (drawn[1] / name).read_text().count("<path")
+            assert paths == (ROOT / "figures" / name).read_text().count("<path"), name
+
+
+def test_a_title_is_a_finding_in_few_words(drawn):
+    def fault(figure):
+        title = title_of(figure)
+        numbers = re.search(r"[\[\](){}]|\bp\s*[=<]", title)
+        return title if numbers or len(title.split()) > WORDS else ""
+
+    assert not failing(drawn, fault)
+
+
+def test_at_most_two_panels_stand_side_by_side(drawn):
+    def fault(figure):
+        grids = [axes.get_subplotspec().get_gridspec() for axes in panels_of(figure)]
+        return max(grid.ncols for grid in grids) > COLUMNS
+
+    assert not failing(drawn, fault)
+
+
+def test_panels_side_by_side_share_their_scale(drawn):
+    def fault(figure):
+        by_row = {}
+        for axes in panels_of(figure):
+            by_row.setdefault(axes.get_subplotspec().rowspan.start, []).append(axes)
+        return any(len({axes.get_ylim() for axes in row}) > 1 for row in by_row.values())
+
+    assert not failing(drawn, fault)
+
+
+def test_a_figure_has_few_rows_and_one_legend(drawn):
+    def fault(figure):
+        rows = [
+            sum(not re.search(r"^\W*[\d.]+$", text.get_text()) for text in axes.get_yticklabels())
+            for axes in panels_of(figure)
+        ]
+        legends = len(figure.legends) + sum(bool(axes.get_legend()) for axes in figure.axes)
+        return max(rows) > ROWS or legends > 1
+
+    assert not failing(drawn, fault)
+
+
+def test_letters_can_be_read_where_a_figure_is_small(drawn):
+    def fault(figure):
+        scale = SEEN / figure.get_size_inches()[0] / 72
+        return [t.get_text() for t in texts_of(figure) if t.get_fontsize() * scale < LETTER]
+
+    assert not failing(drawn, fault)
+
+
+def test_nothing_is_written_over_an_edge_or_a_frame(drawn):
+    def fault(figure):
+        figure.draw_without_rendering()
+        places = [(text, figure.bbox) for text in texts_of(figure)]
+        places += [(text, axes.bbox) for axes in figure.axes for text in axes.texts]
+        found = [text for text, frame in places if beyond(text.get_window_extent(), frame)]
+        return [text.get_text() for text in found]
+
+    assert not failing(drawn, fault)
+
+
+def test_a_colour_means_a_treatment(drawn):
+    allowed = {to_hex(color) for color in (*COLORS.values(), *NEUTRAL)}
+
+    def fault(figure):
+        lines = [line for axes in figure.axes for line in axes.lines]
+        return {to_hex(line.get_color()) for line in lines} - allowed
+
+    assert not failing(drawn, fault)
