@@ -341,7 +341,7 @@ def choice_figure(
 
 def _choice_note(folder, every, found):
     "What the bars rest on, and what was left out."
-    note = f"Profile {Path(folder).name}, converged models. "
+    note = "Converged models. "
     note += f"Bars: 95 % intervals over {range_text(every.seeds)} seeds."
     rest = every.difference[~every.index.isin(found.index)]
     if len(rest):

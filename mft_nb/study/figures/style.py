@@ -26,7 +26,13 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..names import CHECKPOINT_NAMES, CONTROL_NAMES, METHOD_NAMES, MODEL_NAMES
+from mft_nb.study.names import (
+    CHECKPOINT_NAMES,
+    CONTROL_NAMES,
+    DATA_NAMES,
+    METHOD_NAMES,
+    MODEL_NAMES,
+)
 
 # %% ../../../nbs/study/16_figure_style.ipynb #020022c5
 COLORS = {
@@ -122,11 +128,13 @@ def caption_start(
     seeds: list[int],  # that the figure shows
     count: int | None = None,  # test sentences, if it shows any
 ) -> str:  # a sentence
-    "The start of a caption: model, profile, sentences, seeds."
+    "The start of a caption: model, data, sentences, seeds."
     profile = Path(folder).name
-    model = f"{MODEL_NAMES[profile]}, " if profile in MODEL_NAMES else ""
+    trained = f"profile {profile}"
+    if profile in MODEL_NAMES:
+        trained = f"{MODEL_NAMES[profile]} on {DATA_NAMES[profile]}"
     sentences = f"{count:,} test sentences, " if count else ""
-    told = f"{model}profile {profile}: {sentences}{_named(seeds)}."
+    told = f"{trained}: {sentences}{_named(seeds)}."
     return told[0].upper() + told[1:]
 
 
