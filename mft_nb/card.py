@@ -52,7 +52,7 @@ class MaskResult:
                 f"{self.after} of {self.total}. Use paired_result, which counts for you."
             )
 
-
+# %% ../nbs/21_card.ipynb #paired-code
 def paired_result(
     right_before: np.ndarray,  # (n,) bool or 0/1: was the model right without the mask
     right_after: np.ndarray,  # (n,) the same with it, same examples, same order
@@ -61,63 +61,6 @@ def paired_result(
     paired = mcnemar_exact(right_before, right_after)
     before, after = int(np.sum(right_before)), int(np.sum(right_after))
     return MaskResult(paired.n, after, before, paired)
-
-# %% ../nbs/21_card.ipynb #6ba963ad
-def _check_repo(field, value):
-    "Refuse what is not owner/name on the hub."
-    if not isinstance(value, str) or value.count("/") != 1:
-        raise ValueError(
-            f"{field} is {str(value)!r}; allowed is an id on the hub, such as me/my-model."
-        )
-    try:
-        validate_repo_id(value)
-    except ValueError as error:
-        raise ValueError(f"{field} is {value!r}, which is no id on the hub: {error}") from None
-
-
-def _check_texts(data, split, license):
-    "Refuse texts that would break the page or its front matter."
-    for field, value in (("data", data), ("split", split)):
-        if not isinstance(value, str) or not value.strip() or "\n" in value:
-            raise ValueError(f"{field} is {value!r}; allowed is one line of text. Name the data.")
-    if not isinstance(license, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
-        raise ValueError(
-            f"license is {license!r}; allowed is the hub's identifier in lower case, such as "
-            "apache-2.0, mit or other."
-        )
-
-
-def _mask_file(mask):
-    "The mask file, where its folder may be given instead."
-    return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
-
-# %% ../nbs/21_card.ipynb #0b174e64
-def _front_matter(repo_id, base_model, data, split, dataset, result, license, language, task):
-    "What the hub reads."
-    over = wilson(result.after, result.total)
-    ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
-    evaluation = EvalResult(
-        task_type=task,
-        dataset_type=dataset or data,
-        dataset_name=data,
-        dataset_split=split,
-        metric_type="accuracy",
-        metric_value=round(over.estimate, 6),
-        metric_name=f"accuracy (95 % interval {ends}, n = {over.n})",
-    )
-    return ModelCardData(
-        base_model=base_model,
-        base_model_relation="adapter",
-        datasets=[dataset] if dataset else None,
-        eval_results=[evaluation],
-        language=language,
-        library_name="mft_nb",
-        license=license,
-        metrics=["accuracy"],
-        model_name=repo_id.partition("/")[2],
-        pipeline_tag=task,
-        tags=["mask-fine-tuning"],
-    )
 
 # %% ../nbs/21_card.ipynb #e3c2920f
 def _accuracy_row(label, correct, total):
@@ -150,6 +93,34 @@ def _difference_text(result):
     said = "" if paired.p_value < 0.05 else " A difference of this size may well be chance."
     p = p if p.startswith("<") else f"= {p}"
     return f"The difference is {points:+.2f} points: {flips}; McNemar's exact test p {p}.{said}"
+
+# %% ../nbs/21_card.ipynb #0b174e64
+def _front_matter(repo_id, base_model, data, split, dataset, result, license, language, task):
+    "What the hub reads."
+    over = wilson(result.after, result.total)
+    ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
+    evaluation = EvalResult(
+        task_type=task,
+        dataset_type=dataset or data,
+        dataset_name=data,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_value=round(over.estimate, 6),
+        metric_name=f"accuracy (95 % interval {ends}, n = {over.n})",
+    )
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter",
+        datasets=[dataset] if dataset else None,
+        eval_results=[evaluation],
+        language=language,
+        library_name="mft_nb",
+        license=license,
+        metrics=["accuracy"],
+        model_name=repo_id.partition("/")[2],
+        pipeline_tag=task,
+        tags=["mask-fine-tuning"],
+    )
 
 # %% ../nbs/21_card.ipynb #ca5f0569
 _USE = """\
@@ -186,9 +157,9 @@ def _file_table(path, saved):
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {row} |" for name, row in rows.items())])
 
-
+# %% ../nbs/21_card.ipynb #modules-code
 def _has_modules(saved):
-    "Whether modules were trained with a mask, and lie in a file next to it."
+    "Whether modules were trained with a mask; they are in a file next to it."
     return "modules_sha256" in saved.config
 
 
@@ -198,13 +169,13 @@ def _modules_line(saved, repo_id):
 
 
 def _also_changed(saved):
-    "What a mask brings along in addition to its zeros."
+    "What a mask changes in addition to its zeros."
     if not _has_modules(saved):
         return "No weight is changed otherwise."
     names = ", ".join(f"`{pattern}`" for pattern in saved.config["modules_to_save"])
     return f"The modules {names} were trained with the mask, and replace those of the base."
 
-
+# %% ../nbs/21_card.ipynb #page-code
 def _settings(saved):
     "What decided the mask, and how its scores were trained."
     return saved.config | ({"training": saved.training} if saved.training else {})
@@ -232,6 +203,35 @@ def _page(path, saved, repo_id, base_model, data, split, result, auto_class):
         f"## Limits\n\n{_LIMITS}",
     ]
     return "\n\n".join(parts) + "\n"
+
+# %% ../nbs/21_card.ipynb #6ba963ad
+def _check_repo(field, value):
+    "Refuse what is not owner/name on the hub."
+    if not isinstance(value, str) or value.count("/") != 1:
+        raise ValueError(
+            f"{field} is {str(value)!r}; allowed is an id on the hub, such as me/my-model."
+        )
+    try:
+        validate_repo_id(value)
+    except ValueError as error:
+        raise ValueError(f"{field} is {value!r}, which is no id on the hub: {error}") from None
+
+
+def _check_texts(data, split, license):
+    "Refuse texts that would break the page or its front matter."
+    for field, value in (("data", data), ("split", split)):
+        if not isinstance(value, str) or not value.strip() or "\n" in value:
+            raise ValueError(f"{field} is {value!r}; allowed is one line of text. Name the data.")
+    if not isinstance(license, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(
+            f"license is {license!r}; allowed is the hub's identifier in lower case, such as "
+            "apache-2.0, mit or other."
+        )
+
+
+def _mask_file(mask):
+    "The mask file, where its folder may be given instead."
+    return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
 
 # %% ../nbs/21_card.ipynb #4645ff84
 def mask_card(
@@ -340,7 +340,7 @@ def _check_upload(path, repo_id, card):
             "mask_card the same repo_id."
         )
 
-
+# %% ../nbs/21_card.ipynb #failed-code
 def _upload_failed(repo_id, error):
     "One sentence on why an upload failed, and the next step."
     if isinstance(error, HfHubHTTPError):

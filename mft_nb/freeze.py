@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Self
 
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/02_freeze.ipynb #6d1f90-1
@@ -74,19 +75,21 @@ class Frozen:
         self._replaced.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    def undo(self) -> None:
-        "Put everything back; what came into the model since is left as it is."
-        for owner, name, value in self._replaced:
-            setattr(owner, name, value)
-        self._replaced = []
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_):
         self.undo()
+
+# %% ../nbs/02_freeze.ipynb #undo-code
+@patch
+def undo(self: Frozen) -> None:
+    "Put everything back; what came into the model since is left as it is."
+    for owner, name, value in self._replaced:
+        setattr(owner, name, value)
+    self._replaced = []
+    for name, parameter in self.model.named_parameters():
+        parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
 
 
 def _without_dropout(config):

@@ -146,7 +146,7 @@ def save_mask(
     write_whole(path, _replace_digest(data, _NO_DIGEST, hashlib.sha256(data).hexdigest()))
     return path
 
-
+# %% ../nbs/06_mask_file.ipynb #describe-code
 def _describe(mask, base_sha256, told):
     "The metadata of a mask file as JSON; the digest comes first, to be filled in."
     if not _is_digest(base_sha256):
@@ -170,7 +170,7 @@ def _is_digest(value):
     "Whether a value is the hexadecimal form of a SHA-256."
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
-# %% ../nbs/06_mask_file.ipynb #9a98062f
+# %% ../nbs/06_mask_file.ipynb #saved-mask
 @dataclass(frozen=True)
 class SavedMask:
     "What a mask file holds."
@@ -182,7 +182,7 @@ class SavedMask:
     training: dict = field(default_factory=dict)  # settings that their scores were trained with
     rest: dict = field(default_factory=dict)  # digests of what the masks do not cover, by part
 
-
+# %% ../nbs/06_mask_file.ipynb #9a98062f
 def load_mask(
     path: str | Path,  # a file that `save_mask` wrote
     weights: Mapping[str, Tensor] | None = None,  # those it is meant for, by name; more do no harm
@@ -272,7 +272,7 @@ def _entries(path, header):
         raise ValueError(f"{path} is damaged: it has no SHA-256. Fetch it again.")
     return entries
 
-
+# %% ../nbs/06_mask_file.ipynb #check-entries
 def _check_entries(path, entries, tensors):
     "Refuse metadata that does not fit the tensors, or holds anything but what it should."
     shapes = entries.get("tensors")

@@ -26,81 +26,6 @@ from scipy.stats import t as student_t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-# %% ../nbs/14_stats.ipynb #6de38b54
-def _check_inside(name: str, value: float, one_allowed: bool = False) -> float:
-    "A single number above 0 and below 1, or up to 1 itself."
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}: allowed is one number; give a float such as 0.95")
-    if not (0 < value < 1 or (one_allowed and value == 1)):
-        end = "at most" if one_allowed else "below"
-        raise ValueError(
-            f"{name} is {value!r}: allowed is a number above 0 and {end} 1; write 95 % as 0.95"
-        )
-    return float(value)
-
-
-def _check_count(name: str, value: int, at_least: int = 0) -> int:
-    "A whole number, not below `at_least`."
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} is {value!r}: allowed is a whole number; give a count, not a fraction"
-        ) from None
-    if count < at_least:
-        raise ValueError(
-            f"{name} is {value!r}: allowed are whole numbers from {at_least} up; check the count"
-        )
-    return count
-
-# %% ../nbs/14_stats.ipynb #fbb4d508
-def _check_vector(name: str, values: np.ndarray) -> np.ndarray:
-    "A one-dimensional, non-empty array of finite numbers, as float64."
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} has dtype {array.dtype}: allowed are bool, int or float arrays")
-    if array.ndim != 1:
-        raise ValueError(
-            f"{name} has shape {array.shape}: allowed is one dimension, (n,); "
-            "turn logits into classes with argmax(axis=1), or flatten"
-        )
-    if array.size == 0:
-        raise ValueError(f"{name} is empty: at least one value is needed; check what filled it")
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        raise ValueError(
-            f"{name}[{first}] is {array[first]}: allowed are finite numbers; "
-            "find the run that produced it instead of dropping it"
-        )
-    return array.astype(np.float64)
-
-# %% ../nbs/14_stats.ipynb #726bcc1f
-def _check_binary(name: str, values: np.ndarray, next_step: str) -> np.ndarray:
-    "A vector of zeros and ones, as bool."
-    vector = _check_vector(name, values)
-    binary = (vector == 0) | (vector == 1)
-    if not binary.all():
-        first = int(np.argmin(binary))
-        raise ValueError(
-            f"{name}[{first}] is {vector[first]:g}: allowed are 0 and 1, or False and True; "
-            f"{next_step}"
-        )
-    return vector == 1
-
-
-def _check_pair(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Two equally long vectors that say, example by example, whether a prediction was right."
-    next_step = "compare first: (predictions == labels)"
-    before = _check_binary("before", before, next_step)
-    after = _check_binary("after", after, next_step)
-    if len(before) != len(after):
-        raise ValueError(
-            f"before has {len(before)} values and after has {len(after)}: allowed are equal "
-            "lengths; score both models on the same examples in the same order"
-        )
-    return before, after
-
 # %% ../nbs/14_stats.ipynb #c25c1ae8
 @dataclass(frozen=True)
 class Interval:
@@ -163,7 +88,7 @@ class PairedTest:
 
     @property
     def flip_rate(self) -> float:  # fraction in [0, 1]
-        "Share of the examples whose correctness changed."
+        "Fraction of the examples whose correctness changed."
         return (self.fixed + self.broken) / self.n
 
     def __str__(self):
@@ -322,3 +247,78 @@ def percent_text(
 ) -> str:  # one decimal from 1 % on, two below
     "A fraction for a title."
     return f"{round(100 * fraction, 1 if fraction >= 0.01 else 2):g} %"
+
+# %% ../nbs/14_stats.ipynb #6de38b54
+def _check_inside(name: str, value: float, one_allowed: bool = False) -> float:
+    "A single number above 0 and below 1, or up to 1 itself."
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}: allowed is one number; give a float such as 0.95")
+    if not (0 < value < 1 or (one_allowed and value == 1)):
+        end = "at most" if one_allowed else "below"
+        raise ValueError(
+            f"{name} is {value!r}: allowed is a number above 0 and {end} 1; write 95 % as 0.95"
+        )
+    return float(value)
+
+
+def _check_count(name: str, value: int, at_least: int = 0) -> int:
+    "A whole number, not below `at_least`."
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r}: allowed is a whole number; give a count, not a fraction"
+        ) from None
+    if count < at_least:
+        raise ValueError(
+            f"{name} is {value!r}: allowed are whole numbers from {at_least} up; check the count"
+        )
+    return count
+
+# %% ../nbs/14_stats.ipynb #fbb4d508
+def _check_vector(name: str, values: np.ndarray) -> np.ndarray:
+    "A one-dimensional, non-empty array of finite numbers, as float64."
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {array.dtype}: allowed are bool, int or float arrays")
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}: allowed is one dimension, (n,); "
+            "turn logits into classes with argmax(axis=1), or flatten"
+        )
+    if array.size == 0:
+        raise ValueError(f"{name} is empty: at least one value is needed; check what filled it")
+    finite = np.isfinite(array)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise ValueError(
+            f"{name}[{first}] is {array[first]}: allowed are finite numbers; "
+            "find the run that produced it instead of dropping it"
+        )
+    return array.astype(np.float64)
+
+# %% ../nbs/14_stats.ipynb #726bcc1f
+def _check_binary(name: str, values: np.ndarray, next_step: str) -> np.ndarray:
+    "A vector of zeros and ones, as bool."
+    vector = _check_vector(name, values)
+    binary = (vector == 0) | (vector == 1)
+    if not binary.all():
+        first = int(np.argmin(binary))
+        raise ValueError(
+            f"{name}[{first}] is {vector[first]:g}: allowed are 0 and 1, or False and True; "
+            f"{next_step}"
+        )
+    return vector == 1
+
+
+def _check_pair(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Two equally long vectors that say, example by example, whether a prediction was right."
+    next_step = "compare first: (predictions == labels)"
+    before = _check_binary("before", before, next_step)
+    after = _check_binary("after", after, next_step)
+    if len(before) != len(after):
+        raise ValueError(
+            f"before has {len(before)} values and after has {len(after)}: allowed are equal "
+            "lengths; score both models on the same examples in the same order"
+        )
+    return before, after

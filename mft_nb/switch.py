@@ -36,72 +36,6 @@ from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import load_mask
 from .scores import MaskedWeight, calls_going_on, module_call
 
-# %% ../nbs/13_switch.ipynb #e6a1b7f4
-_PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
-
-
-def _places(mask):
-    "Where a mask prunes, for each piece of a matrix that it touches: piece index to int32."
-    pieces = enumerate((~mask).reshape(-1).split(_PIECE))
-    pruned = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
-    return {index: places for index, places in pruned.items() if len(places)}
-
-# %% ../nbs/13_switch.ipynb #who-code
-def _who():
-    "The coroutine or the thread that is asking."
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        task = None
-    return task or threading.current_thread()
-
-
-_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
-
-
-def _asked_by_context(switch, default):
-    "The mask that the caller of this thread asked a switch for."
-    asked = _ASKED.get()
-    return asked[1] if asked and asked[0]() is switch else default
-
-
-@dataclass(eq=False)
-class _Block:
-    "An open `using` block."
-
-    who: Any
-    thread: int
-    before: str | None  # the mask to go back to
-
-
-class _Guard:
-    "Hooks of a model: they keep order among callers, and the switch of a mask in force."
-
-    def __init__(self, switch=None):
-        self.switch = weakref.ref(switch) if switch else lambda: None
-        self.mask_holder = None  # the switch, while a mask is in force
-
-    def enter(self, model, inputs):
-        "Before a forward pass of the model."
-        if (switch := self.switch()) and not getattr(model, "_is_replica", False):
-            switch._enter_forward()
-
-    def leave(self, model, inputs, output):
-        "After it, also with an error."
-        if (switch := self.switch()) and not getattr(model, "_is_replica", False):
-            switch._leave_forward()
-
-    def __reduce__(self):  # a copy of a model under a mask has its own switch; else a guard of none
-        return _copied_guard, (self.mask_holder,)
-
-
-def _copied_guard(switch):
-    "The guard of a copied model."
-    guard = _Guard(switch)
-    if switch:
-        guard.mask_holder, switch._guard = switch, guard
-    return guard
-
 # %% ../nbs/13_switch.ipynb #d207a6e9
 class MaskSwitch:
     "Named masks on one base model, at most one of them in force."
@@ -139,15 +73,6 @@ class MaskSwitch:
         ]
         self._unwatch = weakref.finalize(self, _remove_all, handles)
 
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,  # any
-    ) -> "MaskSwitch | None":  # None where no mask of a switch is in force
-        "The switch whose mask is in force on a model."
-        found = [one for one in mask_holders(model) if isinstance(one, cls)]
-        return found[0] if found else None
-
     @property
     def names(self) -> list[str]:  # in the order they were added
         "The masks there are."
@@ -158,32 +83,30 @@ class MaskSwitch:
         "The mask in force."
         return self._active
 
-    @property
-    def how_to_undo(self) -> str:
-        "For a message: what gives the base back."
-        name = self._active or self._last
-        return f"The mask {name!r} is a MaskSwitch's; call MaskSwitch.of(model).use(None)"
-
     def __repr__(self):
         masks = ", ".join(self._zeros) or "none"
         return f"MaskSwitch({type(self.model).__name__}, masks: {masks}; active: {self.active})"
 
-# %% ../nbs/13_switch.ipynb #remove-all
-@patch
-def __getstate__(self: MaskSwitch):
-    "What a copy gets: weights that count their changes anew, and no callers."
-    own = ("_state", "_blocks", "_running", "_asked", "_guard", "_unwatch", "_held")
-    state = {name: value for name, value in self.__dict__.items() if name not in own}
-    return state | {"_versions": {}, "_held": {}}
+# %% ../nbs/13_switch.ipynb #guard-code
+class _Guard:
+    "Hooks of a model: they keep order among callers, and the switch of a mask in force."
 
+    def __init__(self, switch=None):
+        self.switch = weakref.ref(switch) if switch else lambda: None
+        self.mask_holder = None  # the switch, while a mask is in force
 
-@patch
-def __setstate__(self: MaskSwitch, state):
-    self.__dict__.update(state)
-    self._forget_callers()
-    if not self._zeroed:  # else the guard of the copied model brings itself
-        self._guard = _Guard(self)
-        self._watch()
+    def enter(self, model, inputs):
+        "Before a forward pass of the model."
+        if (switch := self.switch()) and not getattr(model, "_is_replica", False):
+            switch._enter_forward()
+
+    def leave(self, model, inputs, output):
+        "After it, also with an error."
+        if (switch := self.switch()) and not getattr(model, "_is_replica", False):
+            switch._leave_forward()
+
+    def __reduce__(self):  # a copy of a model under a mask has its own switch; else a guard of none
+        return _copied_guard, (self.mask_holder,)
 
 
 def _remove_all(handles):
@@ -207,7 +130,45 @@ def _check_model(self: MaskSwitch):
             "first."
         )
 
+# %% ../nbs/13_switch.ipynb #b95f0e3c
+@patch
+def add(
+    self: MaskSwitch,
+    name: str,  # a new one
+    mask: BitMask | str | Path,  # a mask, a mask file, or a folder with one
+) -> None:
+    "Add a mask; ValueError for one that was made for other shapes or, from a file, other weights."
+    if not isinstance(name, str) or name in self._zeros:
+        raise ValueError(
+            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
+            "remove(name) first to replace a mask."
+        )
+    if not isinstance(mask, (BitMask, str, Path)):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}; allowed are a BitMask and the path of a mask file."
+        )
+    if not isinstance(mask, BitMask):
+        mask = self._load(Path(mask))
+    check_same_shapes(mask, dict(self.model.named_parameters()))
+    weights = self._weights(mask)
+    self._zeros[name] = {
+        (weight, piece): places.to(weights[weight].device)
+        for weight, kept in mask.items()
+        for piece, places in _places(kept).items()
+    }
+    self._shapes |= {weight: kept.shape for weight, kept in mask.items()}
 
+# %% ../nbs/13_switch.ipynb #places-code
+_PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
+
+
+def _places(mask):
+    "Where a mask prunes, for each piece of a matrix that it touches: piece index to int32."
+    pieces = enumerate((~mask).reshape(-1).split(_PIECE))
+    pruned = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
+    return {index: places for index, places in pruned.items() if len(places)}
+
+# %% ../nbs/13_switch.ipynb #weights-code
 @patch
 def _weights(self: MaskSwitch, names):
     "The weights of those names."
@@ -235,6 +196,265 @@ def _check_name(self: MaskSwitch, name):
             f"There is no mask {name!r}; there are {', '.join(self._zeros) or 'none'}. Add it "
             "with add(name, mask)."
         )
+
+# %% ../nbs/13_switch.ipynb #5e80b3d7
+@patch
+def _switch(self: MaskSwitch, part, key, places, room, zeros):
+    "Put back what is zeroed in a piece, then zero it at other places."
+    if key in self._zeroed:
+        before, values = self._zeroed[key]
+        where = _widened(before, room)
+        written = part.index_select(0, where).any()  # perhaps in a way that torch does not count
+        if written:
+            self._changed.add(key[0])
+        elif places is not None and before.device == places.device and torch.equal(before, places):
+            return
+        part.scatter_(0, where, values.to(part))
+    if places is None:
+        del self._zeroed[key]
+        return
+    where = _widened(places, room)
+    self._zeroed[key] = (places, part.index_select(0, where))
+    part.scatter_(0, where, zeros)
+
+
+def _widened(places, room):
+    "Places with 64 bits each, as torch wants them; NumPy, since it starts no threads of its own."
+    wide = room[: len(places)]
+    if places.device.type != "cpu" or wide.device.type != "cpu":
+        return wide.copy_(places)
+    np.copyto(wide.numpy(), places.numpy())
+    return wide
+
+# %% ../nbs/13_switch.ipynb #switch-pieces
+@patch
+@torch.no_grad()
+def _switch_pieces(self: MaskSwitch, keys, weights, after):
+    "Switch pieces one after the other."
+    scratch = {}  # for a device and type: room for places of 64 bits, and zeros
+    for key in keys:
+        weight = weights[key[0]]
+        kind = (weight.device, weight.dtype)
+        if kind not in scratch:
+            room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+            scratch[kind] = (room, weight.new_zeros(_PIECE))
+        part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
+        self._switch(part, key, after.get(key), *scratch[kind])
+
+# %% ../nbs/13_switch.ipynb #switch-all
+@patch
+def _switch_all(self: MaskSwitch, keys, weights, after):
+    "Switch all pieces, shared out among torch's threads."
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
+    if threads > 1:
+        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+        def switch(share):
+            with torch.inference_mode(inference):
+                self._switch_pieces(share, weights, after)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(switch, [keys[start::threads] for start in range(threads)]))
+    else:
+        self._switch_pieces(keys, weights, after)
+
+# %% ../nbs/13_switch.ipynb #switch-to
+@patch
+def _switch_to(self: MaskSwitch, name):
+    "Switch, with the lock held."
+    if name is not None:
+        self._check_name(name)
+        if name == self._active:
+            return
+    after = self._zeros.get(name, {})
+    keys = list(dict.fromkeys([*self._zeroed, *after]))
+    weights = self._weights({weight: None for weight, _ in keys})
+    under, self._changed = self._active, self._counted_changes(weights)
+    fresh = {weight: weights[weight] for weight in weights if weight not in self._held}
+    hold(fresh.values(), self)
+    self._held |= fresh
+    self._guard.mask_holder = self  # the model keeps us
+    self._last, self._active = name or self._active, None  # until all pieces are done
+    try:
+        self._switch_all(keys, weights, after)
+        self._warn_of_changes(under)
+        self._active = name
+    except BaseException:  # Ctrl-C too
+        self._back_to_base(weights)
+        raise
+    finally:
+        torch.clear_autocast_cache()  # it holds copies of the weights of before
+        self._let_go()
+    counted = {weight: weights[weight] for weight, _ in after}
+    self._versions = {n: one._version for n, one in counted.items() if not one.is_inference()}
+
+# %% ../nbs/13_switch.ipynb #back-to-base
+@patch
+def _back_to_base(self: MaskSwitch, weights):
+    "Put back all that is zeroed; what cannot be put back stays held."
+    for key in list(self._zeroed):
+        with suppress(Exception):  # the error that led here is raised
+            self._switch_pieces([key], weights, {})
+
+
+@patch
+def _let_go(self: MaskSwitch):
+    "Let go of the weights of which nothing is zeroed any more."
+    zeroed = {weight for weight, _ in self._zeroed}
+    done = {name: weight for name, weight in self._held.items() if name not in zeroed}
+    release(done, self)
+    self._held = {name: weight for name, weight in self._held.items() if name in zeroed}
+    self._guard.mask_holder = self if self._held else None
+
+# %% ../nbs/13_switch.ipynb #27f6c1ab
+@patch
+def _counted_changes(self: MaskSwitch, weights):
+    "Names of weights that others changed under the mask in force, by torch's count of writes."
+    counts, self._versions = self._versions, {}
+    return {name for name, count in counts.items() if weights[name]._version != count}
+
+
+@patch
+def _warn_of_changes(self: MaskSwitch, under):
+    "Warn, with a UserWarning, of weights that others changed under a mask."
+    if self._changed:
+        names = sorted(self._changed)
+        warnings.warn(
+            f"Weights were changed while the mask {under!r} was in force: "
+            f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}. Where it prunes, they now "
+            "get the values they had before; elsewhere they keep the change.",
+            stacklevel=4,
+        )
+
+# %% ../nbs/13_switch.ipynb #6a40d8f1
+_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
+
+
+@patch
+def use(
+    self: MaskSwitch,
+    name: str | None,  # of a mask that was added; None: the base
+) -> None:
+    "Make a mask the one in force, in place; where that fails, the base."
+    with self._state:
+        self._wait_for_turn()
+        self._switch_to(name)
+        self._asked[_who()] = name
+        _ASKED.set((weakref.ref(self), name))
+
+
+def _who():
+    "The coroutine or the thread that is asking."
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        task = None
+    return task or threading.current_thread()
+
+# %% ../nbs/13_switch.ipynb #wait-code
+@patch
+def _wait_for_turn(self: MaskSwitch):
+    "Wait, with the lock held, until no other thread is in a block or in a forward pass."
+    me = threading.get_ident()
+    if self._goes_on(me):
+        raise RuntimeError(
+            "The mask cannot be switched within a forward pass of the model. Switch before or "
+            "after it."
+        )
+
+    def free():
+        blocked = self._blocks and self._blocks[-1].thread != me
+        others = [thread for thread in self._running if thread != me]
+        return not blocked and not any(map(self._goes_on, others))
+
+    while not self._state.wait_for(free, timeout=0.2):
+        pass  # a pass that was broken off wakes nobody
+    if self._blocks and self._blocks[-1].who is not _who():
+        raise RuntimeError(
+            "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
+            "for it would stop both. Do not await inside of a block, or give each coroutine a "
+            "model of its own."
+        )
+
+
+@patch
+def _goes_on(self: MaskSwitch, thread):
+    "Calls of the model in a thread, without those that Ctrl-C broke off."
+    return calls_going_on(self._running[thread], thread)
+
+# %% ../nbs/13_switch.ipynb #e2b8405d
+@patch
+@contextmanager
+def using(
+    self: MaskSwitch,
+    name: str | None,  # of a mask that was added; None: the base
+) -> Iterator[MaskSwitch]:
+    "A mask for the length of a `with` block; then again what was in force before."
+    with self._state:
+        self._wait_for_turn()
+        block = _Block(_who(), threading.get_ident(), self._active)
+        self._switch_to(name)
+        self._blocks.append(block)
+    try:
+        yield self
+    finally:
+        with self._state:
+            self._leave_block(block)
+
+
+@dataclass(eq=False)
+class _Block:
+    "An open `using` block."
+
+    who: Any
+    thread: int
+    before: str | None  # the mask to go back to
+
+# %% ../nbs/13_switch.ipynb #leave-block
+@patch
+def _leave_block(self: MaskSwitch, block):
+    "Go back to what was in force before a block; RuntimeError where an inner one is still open."
+    place = self._blocks.index(block)
+    self._blocks.remove(block)
+    self._state.notify_all()
+    if place < len(self._blocks):
+        self._blocks[place].before = block.before
+        raise RuntimeError(
+            "A `using` block was left while one that was opened in it is still open, so what ran "
+            "in it since had the mask of that one. Leave the inner block first."
+        )
+    self._switch_to(block.before)
+
+
+@patch
+def remove(
+    self: MaskSwitch,
+    name: str,  # of a mask that is not in force
+) -> None:
+    "Forget a mask."
+    self._check_name(name)
+    if name in (self._active, *(block.before for block in self._blocks)):
+        raise ValueError(
+            f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
+            "use(None) or leave the block first."
+        )
+    del self._zeros[name]
+
+# %% ../nbs/13_switch.ipynb #load-code
+@patch
+def _load(self: MaskSwitch, path):
+    "The mask in a file or folder, checked against the base weights."
+    with self.using(None):
+        path = path / MASK_FILE if path.is_dir() else path
+        saved = load_mask(path, dict(self.model.named_parameters()))
+    if "modules_sha256" in saved.config:
+        raise ValueError(
+            f"{path} was trained together with other modules ({MODULES_FILE}), which a switch "
+            "would leave behind. Put it on a model of its own with MFT.from_pretrained, or give "
+            "load_mask(path).mask to take the mask alone."
+        )
+    return saved.mask
 
 # %% ../nbs/13_switch.ipynb #order-code
 @patch
@@ -266,267 +486,49 @@ def _leave_forward(self: MaskSwitch):
         self._state.notify_all()
 
 
+def _asked_by_context(switch, default):
+    "The mask that the caller of this thread asked a switch for."
+    asked = _ASKED.get()
+    return asked[1] if asked and asked[0]() is switch else default
+
+# %% ../nbs/13_switch.ipynb #remove-all
+@patch(cls_method=True)
+def of(
+    cls: MaskSwitch,
+    model: nn.Module,  # any
+) -> "MaskSwitch | None":  # None where no mask of a switch is in force
+    "The switch whose mask is in force on a model."
+    found = [one for one in mask_holders(model) if isinstance(one, cls)]
+    return found[0] if found else None
+
+
+@patch(as_prop=True)
+def how_to_undo(self: MaskSwitch) -> str:
+    "For a message: what gives the base back."
+    name = self._active or self._last
+    return f"The mask {name!r} is a MaskSwitch's; call MaskSwitch.of(model).use(None)"
+
+# %% ../nbs/13_switch.ipynb #copy-code
 @patch
-def _goes_on(self: MaskSwitch, thread):
-    "Calls of the model in a thread, without those that Ctrl-C broke off."
-    return calls_going_on(self._running[thread], thread)
-
-
-@patch
-def _wait_for_turn(self: MaskSwitch):
-    "Wait, with the lock held, until no other thread is in a block or in a forward pass."
-    me = threading.get_ident()
-    if self._goes_on(me):
-        raise RuntimeError(
-            "The mask cannot be switched within a forward pass of the model. Switch before or "
-            "after it."
-        )
-
-    def free():
-        blocked = self._blocks and self._blocks[-1].thread != me
-        others = [thread for thread in self._running if thread != me]
-        return not blocked and not any(map(self._goes_on, others))
-
-    while not self._state.wait_for(free, timeout=0.2):
-        pass  # a pass that was broken off wakes nobody
-    if self._blocks and self._blocks[-1].who is not _who():
-        raise RuntimeError(
-            "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
-            "for it would stop both. Do not await inside of a block, or give each coroutine a "
-            "model of its own."
-        )
-
-# %% ../nbs/13_switch.ipynb #b95f0e3c
-@patch
-def add(
-    self: MaskSwitch,
-    name: str,  # a new one
-    mask: BitMask | str | Path,  # a mask, a mask file, or a folder with one
-) -> None:
-    "Add a mask; ValueError for one that was made for other shapes or, from a file, other weights."
-    if not isinstance(name, str) or name in self._zeros:
-        raise ValueError(
-            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
-            "remove(name) first to replace a mask."
-        )
-    if not isinstance(mask, (BitMask, str, Path)):
-        raise TypeError(
-            f"mask is a {type(mask).__name__}; allowed are a BitMask and the path of a mask file."
-        )
-    if not isinstance(mask, BitMask):
-        mask = self._load(Path(mask))
-    check_same_shapes(mask, dict(self.model.named_parameters()))
-    weights = self._weights(mask)
-    self._zeros[name] = {
-        (weight, piece): places.to(weights[weight].device)
-        for weight, kept in mask.items()
-        for piece, places in _places(kept).items()
-    }
-    self._shapes |= {weight: kept.shape for weight, kept in mask.items()}
+def __getstate__(self: MaskSwitch):
+    "What a copy gets: weights that count their changes anew, and no callers."
+    own = ("_state", "_blocks", "_running", "_asked", "_guard", "_unwatch", "_held")
+    state = {name: value for name, value in self.__dict__.items() if name not in own}
+    return state | {"_versions": {}, "_held": {}}
 
 
 @patch
-def _load(self: MaskSwitch, path):
-    "The mask in a file or folder, checked against the base weights."
-    with self.using(None):
-        path = path / MASK_FILE if path.is_dir() else path
-        saved = load_mask(path, dict(self.model.named_parameters()))
-    if "modules_sha256" in saved.config:
-        raise ValueError(
-            f"{path} was trained together with other modules ({MODULES_FILE}), which a switch "
-            "would leave behind. Put it on a model of its own with MFT.from_pretrained, or give "
-            "load_mask(path).mask to take the mask alone."
-        )
-    return saved.mask
-
-# %% ../nbs/13_switch.ipynb #6a40d8f1
-@patch
-def use(
-    self: MaskSwitch,
-    name: str | None,  # of a mask that was added; None: the base
-) -> None:
-    "Make a mask the one in force, in place; where that fails, the base."
-    with self._state:
-        self._wait_for_turn()
-        self._switch_to(name)
-        self._asked[_who()] = name
-        _ASKED.set((weakref.ref(self), name))
+def __setstate__(self: MaskSwitch, state):
+    self.__dict__.update(state)
+    self._forget_callers()
+    if not self._zeroed:  # else the guard of the copied model brings itself
+        self._guard = _Guard(self)
+        self._watch()
 
 
-@patch
-def _switch_to(self: MaskSwitch, name):
-    "Switch, with the lock held."
-    if name is not None:
-        self._check_name(name)
-        if name == self._active:
-            return
-    after = self._zeros.get(name, {})
-    keys = list(dict.fromkeys([*self._zeroed, *after]))
-    weights = self._weights({weight: None for weight, _ in keys})
-    under, self._changed = self._active, self._counted_changes(weights)
-    fresh = {weight: weights[weight] for weight in weights if weight not in self._held}
-    hold(fresh.values(), self)
-    self._held |= fresh
-    self._guard.mask_holder = self  # the model keeps us
-    self._last, self._active = name or self._active, None  # until all pieces are done
-    try:
-        self._switch_all(keys, weights, after)
-        self._warn_of_changes(under)
-        self._active = name
-    except BaseException:  # Ctrl-C too
-        self._back_to_base(weights)
-        raise
-    finally:
-        torch.clear_autocast_cache()  # it holds copies of the weights of before
-        self._let_go()
-    counted = {weight: weights[weight] for weight, _ in after}
-    self._versions = {n: one._version for n, one in counted.items() if not one.is_inference()}
-
-
-@patch
-def _back_to_base(self: MaskSwitch, weights):
-    "Put back all that is zeroed; what cannot be put back stays held."
-    for key in list(self._zeroed):
-        with suppress(Exception):  # the error that led here is raised
-            self._switch_pieces([key], weights, {})
-
-
-@patch
-def _let_go(self: MaskSwitch):
-    "Let go of the weights of which nothing is zeroed any more."
-    zeroed = {weight for weight, _ in self._zeroed}
-    done = {name: weight for name, weight in self._held.items() if name not in zeroed}
-    release(done, self)
-    self._held = {name: weight for name, weight in self._held.items() if name in zeroed}
-    self._guard.mask_holder = self if self._held else None
-
-# %% ../nbs/13_switch.ipynb #5e80b3d7
-@patch
-def _switch_all(self: MaskSwitch, keys, weights, after):
-    "Switch all pieces, shared out among torch's threads."
-    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
-    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
-    if threads > 1:
-        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
-
-        def switch(share):
-            with torch.inference_mode(inference):
-                self._switch_pieces(share, weights, after)
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(switch, [keys[start::threads] for start in range(threads)]))
-    else:
-        self._switch_pieces(keys, weights, after)
-
-
-@patch
-@torch.no_grad()
-def _switch_pieces(self: MaskSwitch, keys, weights, after):
-    "Switch pieces one after the other."
-    scratch = {}  # for a device and type: room for places of 64 bits, and zeros
-    for key in keys:
-        weight = weights[key[0]]
-        kind = (weight.device, weight.dtype)
-        if kind not in scratch:
-            room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
-            scratch[kind] = (room, weight.new_zeros(_PIECE))
-        part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
-        self._switch(part, key, after.get(key), *scratch[kind])
-
-
-def _widened(places, room):
-    "Places with 64 bits each, as torch wants them; NumPy, since it starts no threads of its own."
-    wide = room[: len(places)]
-    if places.device.type != "cpu" or wide.device.type != "cpu":
-        return wide.copy_(places)
-    np.copyto(wide.numpy(), places.numpy())
-    return wide
-
-
-@patch
-def _switch(self: MaskSwitch, part, key, places, room, zeros):
-    "Put back what is zeroed in a piece, then zero it at other places."
-    if key in self._zeroed:
-        before, values = self._zeroed[key]
-        where = _widened(before, room)
-        written = part.index_select(0, where).any()  # perhaps in a way that torch does not count
-        if written:
-            self._changed.add(key[0])
-        elif places is not None and before.device == places.device and torch.equal(before, places):
-            return
-        part.scatter_(0, where, values.to(part))
-    if places is None:
-        del self._zeroed[key]
-        return
-    where = _widened(places, room)
-    self._zeroed[key] = (places, part.index_select(0, where))
-    part.scatter_(0, where, zeros)
-
-# %% ../nbs/13_switch.ipynb #27f6c1ab
-@patch
-def _counted_changes(self: MaskSwitch, weights):
-    "Names of weights that others changed under the mask in force, by torch's count of writes."
-    counts, self._versions = self._versions, {}
-    return {name for name, count in counts.items() if weights[name]._version != count}
-
-
-@patch
-def _warn_of_changes(self: MaskSwitch, under):
-    "Warn, with a UserWarning, of weights that others changed under a mask."
-    if self._changed:
-        names = sorted(self._changed)
-        warnings.warn(
-            f"Weights were changed while the mask {under!r} was in force: "
-            f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}. Where it prunes, they now "
-            "get the values they had before; elsewhere they keep the change.",
-            stacklevel=4,
-        )
-
-# %% ../nbs/13_switch.ipynb #e2b8405d
-@patch
-@contextmanager
-def using(
-    self: MaskSwitch,
-    name: str | None,  # of a mask that was added; None: the base
-) -> Iterator[MaskSwitch]:
-    "A mask for the length of a `with` block; then again what was in force before."
-    with self._state:
-        self._wait_for_turn()
-        block = _Block(_who(), threading.get_ident(), self._active)
-        self._switch_to(name)
-        self._blocks.append(block)
-    try:
-        yield self
-    finally:
-        with self._state:
-            self._leave_block(block)
-
-
-@patch
-def _leave_block(self: MaskSwitch, block):
-    "Go back to what was in force before a block; RuntimeError where an inner one is still open."
-    place = self._blocks.index(block)
-    self._blocks.remove(block)
-    self._state.notify_all()
-    if place < len(self._blocks):
-        self._blocks[place].before = block.before
-        raise RuntimeError(
-            "A `using` block was left while one that was opened in it is still open, so what ran "
-            "in it since had the mask of that one. Leave the inner block first."
-        )
-    self._switch_to(block.before)
-
-
-@patch
-def remove(
-    self: MaskSwitch,
-    name: str,  # of a mask that is not in force
-) -> None:
-    "Forget a mask."
-    self._check_name(name)
-    if name in (self._active, *(block.before for block in self._blocks)):
-        raise ValueError(
-            f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
-            "use(None) or leave the block first."
-        )
-    del self._zeros[name]
+def _copied_guard(switch):
+    "The guard of a copied model."
+    guard = _Guard(switch)
+    if switch:
+        guard.mask_holder, switch._guard = switch, guard
+    return guard

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_EXCLUDE', 'HEAD_OUTPUTS', 'layer_of', 'layer_names', 'check_pattern', 'linear_modules', 'find_layers',
-           'layer_count', 'middle_third', 'check_maskable', 'maskable_weights', 'unreached_weights', 'warn_unreached',
+           'layer_count', 'middle_third', 'maskable_weights', 'check_maskable', 'unreached_weights', 'warn_unreached',
            'WeightInfo', 'describe_weights']
 
 # %% ../nbs/01_targets.ipynb #imports-01_targe
@@ -46,7 +46,7 @@ def layer_of(
     "The first number in a dotted name."
     return next((number for _, number, _ in _numbers(name)), None)
 
-
+# %% ../nbs/01_targets.ipynb #layer-names
 def layer_names(
     names: Iterable[str],  # dotted names of weights of one model
 ) -> dict[str, str | None]:  # by name, that of its layer; None without any number
@@ -141,7 +141,7 @@ def _layer_places(model, linear, exclude_modules):
                 break  # a word of the layer's own leaves it whole
     return places
 
-
+# %% ../nbs/01_targets.ipynb #has-blocks
 def _has_blocks(modules):
     "Whether two of the modules are of one class, and more than a bare linear."
     kinds = Counter(type(module) for module in modules if not _is_linear(module))
@@ -214,65 +214,6 @@ def _span(numbers):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers)) or "none (no name holds a number)"
 
-# %% ../nbs/01_targets.ipynb #ca118991
-def _tied(model, linear):
-    "For each linear weight that has another name too: that other name."
-    names = defaultdict(list)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names[id(weight)].append(name)
-    found = {own: set(group) - {own} for group in names.values() for own in group}
-    return {name: min(found[name]) for name in linear if found.get(name)}
-
-# %% ../nbs/01_targets.ipynb #2297cb40
-def _refusal(module):
-    "Why the weight of a linear module cannot carry a mask; None where it can."
-    weight = module._parameters.get("weight")
-    packed = hasattr(module, "qweight") or callable(getattr(module, "weight", None))
-    if weight is None and not packed:
-        if hasattr(module, "base_layer"):
-            return (
-                "is wrapped by an adapter (LoRA or another of PEFT). Merge it, for example with "
-                "model.merge_and_unload(), and mask the plain model"
-            )
-        return (
-            "is computed from other parameters, as by weight_norm, spectral_norm or pruning. Undo "
-            "that"
-        )
-    if weight is not None and is_lazy(weight):
-        return "has no shape yet. Run the model once"
-    if hasattr(weight, "device_mesh"):
-        return "is sharded. Put the mask on the whole model first, and shard it then"
-    if packed or hasattr(weight, "__tensor_flatten__"):
-        return f"is quantized ({type(module).__name__}). Load it as it was before"
-    if not weight.is_floating_point() or weight.itemsize == 1:
-        kind = str(weight.dtype).removeprefix("torch.")
-        return f"is quantized, stored as {kind}. Load it as it was before"
-    return None
-
-
-def check_maskable(
-    model: nn.Module,  # without a mask
-    names: Iterable[str],  # dotted names of linear weights
-) -> None:
-    "Refuse, by name, weights that cannot carry a mask, or that two places share."
-    linear = {name: module for name, module in linear_modules(model).items() if name in names}
-    _check_carriers(linear)
-    for name, other in _tied(model, linear).items():
-        raise ValueError(
-            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
-            "in which they are apart."
-        )
-
-
-def _check_carriers(linear):
-    "Refuse, by name, a weight that cannot carry a mask."
-    for name, module in linear.items():
-        if reason := _refusal(module):
-            raise ValueError(
-                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
-                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
-            )
-
 # %% ../nbs/01_targets.ipynb #8569affa
 def maskable_weights(
     model: nn.Module,  # any module with linear layers
@@ -344,22 +285,64 @@ def _check_excluded(linear, target_modules, exclude_modules):
                 f"nothing whole. There are {_short(linear)}. Correct the pattern."
             )
 
-# %% ../nbs/01_targets.ipynb #33126a1a
-def _because(model, pattern, linear, tied, exclude_modules):
-    "Why the first weight that a pattern matches is left whole, for a message."
-    names = dict(model.named_parameters(remove_duplicate=False)) | linear
-    name = next((name for name in names if re.search(pattern, name)), None)
-    if name is None:
-        return ""
-    if name in tied:
-        return f": {name!r} is one tensor with {tied[name]!r}, and zeros would appear in both"
-    if name not in linear:
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        return f": {name!r} belongs to {owner} and is no weight of a linear module"
-    places = _layer_places(model, linear, exclude_modules)
-    if excluded := _excluding(name, places, exclude_modules):
-        return f": {name!r} is left whole by {excluded!r} in exclude_modules"
-    return f": {name!r} lies outside the chosen layers"
+# %% ../nbs/01_targets.ipynb #ca118991
+def _tied(model, linear):
+    "For each linear weight that has another name too: that other name."
+    names = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names[id(weight)].append(name)
+    found = {own: set(group) - {own} for group in names.values() for own in group}
+    return {name: min(found[name]) for name in linear if found.get(name)}
+
+
+def _check_carriers(linear):
+    "Refuse, by name, a weight that cannot carry a mask."
+    for name, module in linear.items():
+        if reason := _refusal(module):
+            raise ValueError(
+                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
+                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
+            )
+
+
+def check_maskable(
+    model: nn.Module,  # without a mask
+    names: Iterable[str],  # dotted names of linear weights
+) -> None:
+    "Refuse, by name, weights that cannot carry a mask, or that two places share."
+    linear = {name: module for name, module in linear_modules(model).items() if name in names}
+    _check_carriers(linear)
+    for name, other in _tied(model, linear).items():
+        raise ValueError(
+            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
+            "in which they are apart."
+        )
+
+# %% ../nbs/01_targets.ipynb #2297cb40
+def _refusal(module):
+    "Why the weight of a linear module cannot carry a mask; None where it can."
+    weight = module._parameters.get("weight")
+    packed = hasattr(module, "qweight") or callable(getattr(module, "weight", None))
+    if weight is None and not packed:
+        if hasattr(module, "base_layer"):
+            return (
+                "is wrapped by an adapter (LoRA or another of PEFT). Merge it, for example with "
+                "model.merge_and_unload(), and mask the plain model"
+            )
+        return (
+            "is computed from other parameters, as by weight_norm, spectral_norm or pruning. Undo "
+            "that"
+        )
+    if weight is not None and is_lazy(weight):
+        return "has no shape yet. Run the model once"
+    if hasattr(weight, "device_mesh"):
+        return "is sharded. Put the mask on the whole model first, and shard it then"
+    if packed or hasattr(weight, "__tensor_flatten__"):
+        return f"is quantized ({type(module).__name__}). Load it as it was before"
+    if not weight.is_floating_point() or weight.itemsize == 1:
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"is quantized, stored as {kind}. Load it as it was before"
+    return None
 
 # %% ../nbs/01_targets.ipynb #unreached-code
 def unreached_weights(
@@ -387,7 +370,7 @@ def unreached_weights(
         and not any(_found(pattern, name) for pattern in own)
     }
 
-
+# %% ../nbs/01_targets.ipynb #warn-unreached
 _SMALL = 0.01  # of the weights in the layers: so few are not worth a warning
 
 
@@ -424,7 +407,7 @@ class WeightInfo:
     input_dim: int = 1  # the dimension of its inputs: 1 in nn.Linear, 0 in GPT-2's Conv1D
     heads: int = 0  # attention heads that it reads, where it is an output projection; else 0
 
-
+# %% ../nbs/01_targets.ipynb #describe-code
 def describe_weights(
     model: nn.Module,  # holds the weights
     names: Iterable[str],  # dotted names of linear weights
@@ -450,3 +433,20 @@ def _heads_around(model, name):
             if isinstance(getattr(attention, field, None), int):
                 return getattr(attention, field)
     return getattr(getattr(model, "config", None), "num_attention_heads", 0)
+
+# %% ../nbs/01_targets.ipynb #33126a1a
+def _because(model, pattern, linear, tied, exclude_modules):
+    "Why the first weight that a pattern matches is left whole, for a message."
+    names = dict(model.named_parameters(remove_duplicate=False)) | linear
+    name = next((name for name in names if re.search(pattern, name)), None)
+    if name is None:
+        return ""
+    if name in tied:
+        return f": {name!r} is one tensor with {tied[name]!r}, and zeros would appear in both"
+    if name not in linear:
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        return f": {name!r} belongs to {owner} and is no weight of a linear module"
+    places = _layer_places(model, linear, exclude_modules)
+    if excluded := _excluding(name, places, exclude_modules):
+        return f": {name!r} is left whole by {excluded!r} in exclude_modules"
+    return f": {name!r} lies outside the chosen layers"

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastcore.script import call_parse
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,7 +38,7 @@ from ..model import load_classifier
 from ..scores import MaskedWeight, ScoreGroup
 from .bench_ways import MODELS, WAYS, Trainee, make_batches, prepare, random_rows
 from .datasets import load_data
-from .figures.style import GREY, STYLE
+from .figures.style import GREY, STYLE, WIDTH, headline, legend_below
 from .recording import environment
 from ..switch import MaskSwitch
 from ..trainer import EpochSampler
@@ -96,7 +97,7 @@ def training_bytes(
         "copies": copies,
     }
 
-
+# %% ../../nbs/study/23_bench.ipynb #copies-code
 def _forward_copies(model, inputs):
     "The loss, and the bytes of the masked weights that autograd keeps for the backward pass."
     made, kept = [], {}
@@ -169,7 +170,7 @@ def log_log_slope(
     line = linregress(np.log(sizes), np.log(seconds))
     return float(line.slope), float(line.rvalue**2)
 
-# %% ../../nbs/study/23_bench.ipynb #3b81fa-1
+# %% ../../nbs/study/23_bench.ipynb #layers-code
 _REST = 0.03  # seconds; torch's threads spin for some milliseconds after their work
 
 
@@ -179,7 +180,7 @@ def _layers_alone(layers, hidden):
     stack = nn.ModuleList(nn.Linear(*shape, bias=False) for shape in shapes * layers)
     return stack.requires_grad_(False)
 
-
+# %% ../../nbs/study/23_bench.ipynb #3b81fa-1
 def switch_passes(
     rounds: int = 41,  # timed rounds for each number of threads
     layers: int = 4,  # of BERT-base's shape
@@ -247,7 +248,7 @@ def profile_step(
     trainee: Trainee,  # prepared
     batch: dict[str, Any],  # one batch
     most: int = 10,  # operations to list
-) -> list[dict[str, Any]]:  # operation and its share of the time, 0 to 1, largest first
+) -> list[dict[str, Any]]:  # operation and its fraction of the time, 0 to 1, largest first
     "What the time of a step goes into."
     from torch.profiler import ProfilerActivity, profile
 
@@ -345,51 +346,57 @@ def figures(
     record: dict[str, Any],  # of a run
 ) -> list[dict[str, Any]]:  # figure, model, ratio, quartiles, limit, met (None: no limit)
     "The ratios of a run, and what they must reach."
-    rows = []
-    for model, found in record["happened"]["models"].items():
-        for name, (above, below, limit, side, only) in TARGETS.items():
-            if above not in found["seconds"]:
-                continue
-            one = ratio(found["seconds"], above, below)
-            limit = limit if only in (None, model) else None
-            met = None
-            if limit:
-                met = one["ratio"] <= limit if side == "at most" else one["ratio"] >= limit
-            rows.append({"figure": name, "model": model, **one, "limit": limit, "met": met})
-        if "bytes" in found:
-            full = sum(found["bytes"]["full"].values())
-            for way, limit in (("ours", 0.45), ("ours, adafactor", 0.30)):
-                part = sum(found["bytes"][way].values()) / full
-                limit = limit if model == "bert_base" else None
-                met = part <= limit if limit else None
-                rows.append(
-                    {"figure": f"memory: {way} / full", "model": model, "ratio": part}
-                    | {"limit": limit, "met": met}
-                )
-    for threads, times in record["happened"].get("switch", {}).items():
-        for name, limit in (("pass", SWITCH_LIMIT), ("pass in place", None)):
-            one = ratio(times, "switch", name)
-            met = one["ratio"] <= limit if limit else None
-            rows.append(
-                {"figure": f"switch / {name}", "model": f"{threads} thread{'s' * (threads != '1')}"}
-                | {**one, "limit": limit, "met": met}
-            )
-    unlimited = {"limit": None, "met": None}
-    for model, found in record["happened"]["models"].items():
-        share = found["share_of_peak"]
-        rows.append({"figure": "share of peak FLOP/s", "model": model, "ratio": share} | unlimited)
-    padding = record["happened"].get("padding")
-    if padding:
-        share = padding["share"]
-        rows.append(
-            {"figure": "padding share", "model": padding["data"], "ratio": share}
-            | ({"limit": 0.03, "met": share <= 0.03} if padding["data"] == "sst2" else unlimited)
-        )
-    if costs := record["happened"].get("cost"):
+    happened, rows = record["happened"], []
+    for model, found in happened["models"].items():
+        rows += _time_rows(model, found["seconds"]) + _memory_rows(model, found.get("bytes"))
+    for threads, times in happened.get("switch", {}).items():
+        rows += _switch_rows(threads, times)
+    for model, found in happened["models"].items():
+        rows.append(_row("share of peak FLOP/s", model, found["share_of_peak"]))
+    if padding := happened.get("padding"):
+        limit = 0.03 if padding["data"] == "sst2" else None
+        rows.append(_row("padding share", padding["data"], padding["share"], limit))
+    if costs := happened.get("cost"):
         slope, fit = log_log_slope([c["size"] for c in costs], [c["all"] for c in costs])
-        for name, value in (("cost: slope, log-log", slope), ("cost: R squared", fit)):
-            rows.append({"figure": name, "model": "", "ratio": value} | unlimited)
+        rows += [_row("cost: slope, log-log", "", slope), _row("cost: R squared", "", fit)]
     return rows
+
+
+def _row(figure, model, ratio, limit=None, side="at most", **more):
+    "A ratio with its limit, and whether it is met; None without a limit."
+    met = None
+    if limit:
+        met = ratio <= limit if side == "at most" else ratio >= limit
+    return {"figure": figure, "model": model, "ratio": ratio, **more, "limit": limit, "met": met}
+
+# %% ../../nbs/study/23_bench.ipynb #rows-code
+def _time_rows(model, seconds):
+    "Ratios of the times of a step."
+    rows = []
+    for name, (above, below, limit, side, only) in TARGETS.items():
+        if above in seconds:
+            limit = limit if only in (None, model) else None
+            rows.append(_row(name, model, limit=limit, side=side, **ratio(seconds, above, below)))
+    return rows
+
+
+def _memory_rows(model, used):
+    "Bytes that training needs besides the model, divided by full fine-tuning's."
+    rows = []
+    for way, limit in (("ours", 0.45), ("ours, adafactor", 0.30)) if used else ():
+        part = sum(used[way].values()) / sum(used["full"].values())
+        limit = limit if model == "bert_base" else None
+        rows.append(_row(f"memory: {way} / full", model, part, limit))
+    return rows
+
+
+def _switch_rows(threads, times):
+    "A switch compared with passes over the weights."
+    name = f"{threads} thread{'s' * (threads != '1')}"
+    return [
+        _row(f"switch / {other}", name, limit=limit, **ratio(times, "switch", other))
+        for other, limit in (("pass", SWITCH_LIMIT), ("pass in place", None))
+    ]
 
 # %% ../../nbs/study/23_bench.ipynb #peak0002
 def at_peak(
@@ -420,75 +427,74 @@ def print_figures(
         print(f"{row['figure']:28} {row['model']:10} {row['ratio']:.3f}{spread}{limit}{met}")
 
 # %% ../../nbs/study/23_bench.ipynb #10cc17b5
-_MODEL_NAMES = {
-    "minilm": "MiniLM-L6",
-    "bert_base": "BERT-base shape",
-    "llama_1b": "1 B LLaMA shape",
+_MODEL_STYLES = {  # name, colour and marker; the colours of treatments are not used
+    "minilm": ("MiniLM-L6", "black", "o"),
+    "bert_base": ("BERT-base shape", GREY, "s"),
+    "llama_1b": ("1 B LLaMA shape", "0.6", "^"),
 }
-_MODEL_COLORS = {"minilm": "#0072B2", "bert_base": "#D55E00", "llama_1b": "#009E73"}
 
 
+@rc_context(STYLE)
 def ratio_figure(
     record: dict[str, Any],  # of a run
 ) -> Figure:  # ratios of step times by model, with their limits
     "Step times as ratios."
-    import matplotlib.pyplot as plt
-
     rows = [row for row in figures(record) if row["figure"] in TARGETS]
     names = list(dict.fromkeys(row["figure"] for row in rows))
     models = list(record["happened"]["models"])
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 0.5 * len(names) + 1.6), layout="constrained")
-        for row in rows:
-            shift = 0.16 * (models.index(row["model"]) - (len(models) - 1) / 2)
-            place = names.index(row["figure"]) + shift
-            color = _MODEL_COLORS[row["model"]]
-            axes.plot(row["quartiles"], [place, place], color=color, linewidth=2)
-            axes.plot(row["ratio"], place, "o", color=color)
-            if row["limit"]:
-                axes.plot([row["limit"]] * 2, [place - 0.1, place + 0.1], color=GREY, linewidth=3)
-        for model in models:
-            axes.plot([], [], "o-", color=_MODEL_COLORS[model], label=_MODEL_NAMES[model])
-        axes.plot([], [], color=GREY, linewidth=3, label="must reach")
-        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="ratio of step times")
-        axes.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-        axes.invert_yaxis()
-        axes.legend(loc="center right")
-        found = {(row["figure"], row["model"]): row["ratio"] for row in rows}
-        floor, full = (found[f"ours / {way}", models[-1]] for way in ("floor", "full"))
-        axes.set_title(
-            f"A step of MFT takes {floor:.2f} of the step without masks\n"
-            f"and {full:.2f} of full fine-tuning ({_MODEL_NAMES[models[-1]]})",
-            loc="left",
-        )
-    plt.close(figure)
+    figure = Figure(figsize=(WIDTH, 0.5 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color=GREY, lw=1, ls=":")
+    for row in rows:
+        shift = 0.24 * (models.index(row["model"]) - (len(models) - 1) / 2)
+        place = names.index(row["figure"]) + shift
+        _, color, marker = _MODEL_STYLES[row["model"]]
+        axes.plot(row["quartiles"], [place, place], color=color)
+        axes.plot(row["ratio"], place, marker, color=color)
+        if row["limit"]:
+            axes.plot(row["limit"], place, "|", color="black", ms=14, mew=2.5)
+    for model in models:
+        name, color, marker = _MODEL_STYLES[model]
+        axes.plot([], [], color=color, marker=marker, label=name)
+    axes.plot([], [], "|", color="black", ms=14, mew=2.5, label="limit to reach")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="ratio of step times")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    legend_below(figure)
+    found = {row["model"]: row["ratio"] for row in rows if row["figure"] == "ours / floor"}
+    told = ", ".join(f"{_MODEL_STYLES[model][0]} {ratio:.2f}" for model, ratio in found.items())
+    note = f"Ours / floor, a step without masks: {told}. Bars: the middle half of the rounds."
+    headline(figure, _ratio_title(found), note)
     return figure
 
+
+def _ratio_title(found):
+    "What masks add to a step, from its ratio to a step without masks by model."
+    if max(found.values()) <= 1.1:
+        return "A step with masks takes little longer than one without"
+    return "Step times of MFT compared with other ways to train"
+
 # %% ../../nbs/study/23_bench.ipynb #10cc17-1
+@rc_context(STYLE)
 def cost_figure(
     record: dict[str, Any],  # of a run on a CPU
 ) -> Figure:  # seconds against number of scores, log-log
     "What masking one matrix costs, by its size."
-    import matplotlib.pyplot as plt
-
     costs = record["happened"]["cost"]
     sizes = [cost["size"] for cost in costs]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-        shown = {
-            "all": ("all that masking adds", "#D55E00", "o"),
-            "selection": ("selection", "#0072B2", "s"),
-        }
-        for kind, (label, color, marker) in shown.items():
-            seconds = [cost[kind] for cost in costs]
-            slope, fit = log_log_slope(sizes, seconds)
-            text = f"{label}: slope {slope:.2f}, R² {fit:.3f}"
-            axes.loglog(sizes, seconds, marker=marker, color=color, label=text)
-        slope, _ = log_log_slope(sizes, [cost["all"] for cost in costs])
-        axes.set(xlabel="scores of the matrix", ylabel="seconds a step (this machine)")
-        axes.set_title(f"Cost grows as size to the power {slope:.2f}", loc="left")
-        axes.legend()
-    plt.close(figure)
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    shown = {"all": ("all that masking adds", "-", "o"), "selection": ("selection", "--", "s")}
+    slopes, notes = {}, []
+    for kind, (label, line, marker) in shown.items():
+        seconds = [cost[kind] for cost in costs]
+        slopes[kind], fit = log_log_slope(sizes, seconds)
+        notes.append(f"{label}: slope {slopes[kind]:.2f}, R\N{SUPERSCRIPT TWO} {fit:.3f}")
+        axes.loglog(sizes, seconds, marker=marker, color="black", ls=line, label=label)
+    axes.set(xlabel="scores of the matrix", ylabel="seconds a step")
+    legend_below(figure)
+    growth = "somewhat faster than" if slopes["all"] > 1.1 else "in proportion to"
+    title = f"The cost of masking grows {growth} the matrix"
+    headline(figure, title, f"Both scales are logarithmic. Lines: {'; '.join(notes)}.")
     return figure
 
 # %% ../../nbs/study/23_bench.ipynb #daa91085

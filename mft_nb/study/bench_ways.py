@@ -151,7 +151,7 @@ class _NoTokenizer:
     def pad(self, features, **_):
         return {n: torch.tensor([row[n] for row in features]) for n in features[0]}
 
-
+# %% ../../nbs/study/22_bench_ways.ipynb #bert-base-code
 def bert_base_shape(
     layers: int = 12,  # of 768 x 768 and 768 x 3072
 ) -> nn.Module:  # a BERT classifier with random weights

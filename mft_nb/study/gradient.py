@@ -49,7 +49,7 @@ def toward_zero_mask(
         {name: product <= 0 for name, product in toward_zero(weights, gradients).items()}
     )
 
-
+# %% ../../nbs/study/05_gradient.ipynb #fastest-code
 def fastest_mask(
     weights: Mapping[str, Tensor],  # weight matrices by name
     gradients: Mapping[str, Tensor],  # of the training loss, same names and shapes
@@ -86,7 +86,7 @@ def mean_gradient(
                 sum_so_far += gradient
     return total
 
-
+# %% ../../nbs/study/05_gradient.ipynb #batches-code
 def _batches(tokenizer, rows, batch_size):
     "Padded batches, longest sentences first."
     tokens = tokenise(rows, tokenizer)

@@ -33,11 +33,11 @@ def roc_auc(
     wins = mannwhitneyu(first, second, method="asymptotic").statistic
     return float(wins / (len(first) * len(second)))
 
-
+# %% ../../nbs/study/14_threshold.ipynb #loss-code
 def log_loss(
     labels: np.ndarray,  # (n,) 0 or 1, both of them
     positive: np.ndarray,  # (n,) probability of class 1
-    smallest: float = 5e-7,  # taken for less: records hold six decimals
+    smallest: float = 5e-7,  # replaces anything smaller: records hold six decimals
 ) -> float:  # nats, 0 or more
     "The mean of minus the logarithm of the probability that the true class was given."
     given = np.where(_checked(labels) == 1, positive, 1 - positive)
@@ -67,7 +67,7 @@ def best_threshold(
     best = np.flatnonzero(between & (right == right[between].max()))
     return float(nearest[best[np.argmin(abs(nearest[best] - 0.5))]])
 
-
+# %% ../../nbs/study/14_threshold.ipynb #moved-accuracy
 def moved_accuracy(
     labels: np.ndarray,  # (n,) 0 or 1; n at least 2
     positive: np.ndarray,  # (n,) probability of class 1
@@ -101,7 +101,7 @@ def threshold_frame(
         frame[name] = pd.Categorical(frame[name], list(order), ordered=True)
     return frame.assign(gained=frame.moved - frame.accuracy)
 
-
+# %% ../../nbs/study/14_threshold.ipynb #over-seeds
 def over_seeds(
     frame: pd.DataFrame,  # from `threshold_frame`
     column: str,  # of it
