@@ -68,12 +68,7 @@ readme: install ## make README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 docs: install ## build the site into _docs/ without Quarto
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_proc_nbs
-	$(BIN)/smalldocs render --quiet _proc
-	rm -rf _docs && mv _proc/_docs _docs
-	@$(BIN)/smalldocs check _proc > _proc/check.txt 2>&1 || true  # it also lists what only Quarto reads
-	@grep -q 'page(s)' _proc/check.txt && ! grep 'broken link' _proc/check.txt
-	@echo "the site is in _docs/index.html"
+	$(BIN)/python tools/site.py
 
 clean: ## remove what was built, but not .venv, results or checkpoints
 	rm -rf _proc _docs .pytest_cache .ruff_cache

@@ -154,6 +154,21 @@ def _on_device(model, batch):
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
 
+# %% ../nbs/18_activations.ipynb #f3b1c4a6
+_NO_SPACE = (
+    "Free some space, name another cache folder (MFT_CACHE), or train without kept activations."
+)
+
+
+def _check_space(folder, needed):
+    "Refuse to start what the disk cannot hold."
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"The kept activations need {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} "
+            f"MB free. {_NO_SPACE}"
+        )
+
 # %% ../nbs/18_activations.ipynb #12e85c-1
 _OPEN = weakref.WeakSet()  # the KeptActivations that this process reads
 _FILE = re.compile(r"[0-9a-f]{64}\.bin")
@@ -475,18 +490,3 @@ def _first_output(output, batch):
     first = output if isinstance(output, Tensor) else output[0]
     mask = batch["attention_mask"].bool()
     return first[mask] if first.shape[:2] == mask.shape and first.ndim == 3 else first
-
-# %% ../nbs/18_activations.ipynb #f3b1c4a6
-_NO_SPACE = (
-    "Free some space, name another cache folder (MFT_CACHE), or train without kept activations."
-)
-
-
-def _check_space(folder, needed):
-    "Refuse to start what the disk cannot hold."
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"The kept activations need {needed / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} "
-            f"MB free. {_NO_SPACE}"
-        )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BitMask', 'fully_pruned', 'warn_fully_pruned', 'check_same_shapes', 'top_k_mask', 'magnitude_mask', 'random_mask',
-           'Overlap', 'overlap', 'overlap_by_tensor', 'AppliedMask', 'hold', 'release', 'holders_of', 'mask_holders',
-           'check_writable']
+           'Overlap', 'overlap', 'overlap_by_tensor', 'hold', 'release', 'holders_of', 'mask_holders', 'check_writable',
+           'AppliedMask']
 
 # %% ../nbs/05_bitmask.ipynb #imports-03_bitma
 import io
@@ -389,64 +389,6 @@ def _overlap_of(first, second):
         jaccard=shared / either if either else 1.0,
     )
 
-# %% ../nbs/05_bitmask.ipynb #b2cc8b92
-class AppliedMask:
-    "A mask that is in force on a model; `undo` restores every bit, also as a context manager."
-
-    how_to_undo = "Call undo() on its AppliedMask"  # for a message
-
-    def __init__(
-        self,
-        model: nn.Module,  # holds parameters under the mask's names
-        mask: BitMask,  # what to keep
-    ):
-        weights = dict(model.named_parameters())
-        check_same_shapes(mask, weights)
-        self.weights = {name: weights[name] for name in mask}
-        check_writable(self.weights)
-        self.mask = BitMask({name: one.clone() for name, one in mask.items()})
-        self.thread = threading.get_ident()
-        self._values = {}  # by name: what was set to zero, in row-major order
-        for name, zero in self._zeros():
-            self._values[name] = self.weights[name].data[zero]
-        hold(self.weights.values(), self)
-        try:
-            self._write_zeros()
-        except BaseException:  # Ctrl-C too
-            self.undo()
-            raise
-
-    def _write_zeros(self):
-        for name, zero in self._zeros():
-            self.weights[name].data[zero] = 0
-        torch.clear_autocast_cache()  # it holds copies of the weights of before
-
-    def _zeros(self) -> Iterator[tuple[str, Tensor]]:
-        "Where each matrix is set to zero, on the weight's device."
-        for name, weight in self.weights.items():
-            yield name, ~self.mask[name].to(weight.device)
-
-    def undo(self) -> None:
-        "Put the values back; a second call does nothing. ValueError under a later mask."
-        if not self._values:
-            return
-        release(self.weights, self)
-        for name, zero in self._zeros():
-            self.weights[name].data[zero] = self._values[name]
-        torch.clear_autocast_cache()
-        self._values = {}
-
-    def __setstate__(self, state):  # a copy holds the weights of its own model
-        self.__dict__.update(state)
-        if self._values:
-            hold(self.weights.values(), self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_):
-        self.undo()
-
 # %% ../nbs/05_bitmask.ipynb #held-weights
 _HOLDERS = WeakIdKeyDictionary()  # weight -> weak references to what set it to zero, the last last
 _HOLDERS_LOCK = threading.RLock()
@@ -534,6 +476,64 @@ def check_writable(
                 f"The weight {name!r} was made under torch.inference_mode(), so it can be changed "
                 "only there. Load the model outside of it."
             )
+
+# %% ../nbs/05_bitmask.ipynb #b2cc8b92
+class AppliedMask:
+    "A mask that is in force on a model; `undo` restores every bit, also as a context manager."
+
+    how_to_undo = "Call undo() on its AppliedMask"  # for a message
+
+    def __init__(
+        self,
+        model: nn.Module,  # holds parameters under the mask's names
+        mask: BitMask,  # what to keep
+    ):
+        weights = dict(model.named_parameters())
+        check_same_shapes(mask, weights)
+        self.weights = {name: weights[name] for name in mask}
+        check_writable(self.weights)
+        self.mask = BitMask({name: one.clone() for name, one in mask.items()})
+        self.thread = threading.get_ident()
+        self._values = {}  # by name: what was set to zero, in row-major order
+        for name, zero in self._zeros():
+            self._values[name] = self.weights[name].data[zero]
+        hold(self.weights.values(), self)
+        try:
+            self._write_zeros()
+        except BaseException:  # Ctrl-C too
+            self.undo()
+            raise
+
+    def _write_zeros(self):
+        for name, zero in self._zeros():
+            self.weights[name].data[zero] = 0
+        torch.clear_autocast_cache()  # it holds copies of the weights of before
+
+    def _zeros(self) -> Iterator[tuple[str, Tensor]]:
+        "Where each matrix is set to zero, on the weight's device."
+        for name, weight in self.weights.items():
+            yield name, ~self.mask[name].to(weight.device)
+
+    def undo(self) -> None:
+        "Put the values back; a second call does nothing. ValueError under a later mask."
+        if not self._values:
+            return
+        release(self.weights, self)
+        for name, zero in self._zeros():
+            self.weights[name].data[zero] = self._values[name]
+        torch.clear_autocast_cache()
+        self._values = {}
+
+    def __setstate__(self, state):  # a copy holds the weights of its own model
+        self.__dict__.update(state)
+        if self._values:
+            hold(self.weights.values(), self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
 
 # %% ../nbs/05_bitmask.ipynb #applied-more
 @patch

@@ -25,16 +25,25 @@ def choose_weights(
     config: MaskConfig,  # which says where
 ) -> list[str]:  # names of weights, in the model's order
     "The weights that a config masks; a UserWarning names those that no mask reaches."
+    layers, targets, exclude = config.layers, config.target_modules, config.exclude_modules
     scope = find_scope(config.scope)
-    targets, inside = config.target_modules, {}
-    if scope.only and not targets:
-        inside = maskable_weights(model, config.layers, (), config.exclude_modules)
-        inside = {name: weight for name, weight in inside.items() if re.search(scope.only, name)}
-        targets = () if inside else (scope.only,)  # refused below, with the names that there are
-    weights = inside or maskable_weights(model, config.layers, targets, config.exclude_modules)
-    if not targets and not scope.only:
-        warn_unreached(model, weights, config.layers, config.exclude_modules)
+    if targets:
+        return list(maskable_weights(model, layers, targets, exclude))
+    if scope.only:
+        return _matrices_of_scope(model, config, scope.only)
+    weights = maskable_weights(model, layers, (), exclude)
+    warn_unreached(model, weights, layers, exclude)
     return list(weights)
+
+
+def _matrices_of_scope(model, config, only):
+    "Those of the maskable weights that a scope takes."
+    layers, exclude = config.layers, config.exclude_modules
+    found = [n for n in maskable_weights(model, layers, (), exclude) if re.search(only, n)]
+    if found:
+        return found
+    # asked for as a target: found outside of all layers, or refused with the names that there are
+    return list(maskable_weights(model, layers, (only,), exclude))
 
 # %% ../nbs/11_carriers.ipynb #ff8a0fe7
 _WRAPPERS = {  # class that gives all names a prefix: how to get at what it wraps
@@ -66,10 +75,10 @@ def check_model(
             "The model already carries a mask. Call merge_and_unload() or unload() on its "
             "MFT first."
         )
-    for holder in mask_holders(model):
+    if holders := mask_holders(model):
         raise ValueError(
             "The model already carries a mask, which set weights to zero, so they are not the "
-            f"base. {holder.how_to_undo} first."
+            f"base. {holders[0].how_to_undo} first."
         )
 
 # %% ../nbs/11_carriers.ipynb #weights-code
@@ -81,32 +90,11 @@ def check_weights(
     "Refuse weights that cannot carry a mask, or whose values cannot be right."
     parameters = dict(model.named_parameters())
     if mask:
-        check_maskable(model, names)
-        linear = linear_modules(model)
-        for name in names:
-            if name in parameters and name not in linear:
-                raise ValueError(
-                    f"The mask holds {name!r}, which is no weight of a linear module; MFT masks "
-                    "those alone. Put the mask on with mft_nb.bitmask.AppliedMask or a MaskSwitch."
-                )
-        check_same_shapes(mask, parameters)
+        _check_fits(model, names, mask, parameters)
     for name in names:
-        weight = parameters[name].detach()
-        if weight.is_meta or _is_offloaded(model.get_submodule(name.rpartition(".")[0])):
-            raise ValueError(
-                f"The weight {name!r} is not in memory (device meta): it was offloaded, as by "
-                "device_map='auto', or never loaded. Load the whole model, without device_map."
-            )
-        if not weight.numel():
-            raise ValueError(f"The weight {name!r} has no elements. Leave it out: exclude_modules.")
-        if weight.is_inference():
-            raise ValueError(
-                f"The weight {name!r} was made under torch.inference_mode(), so nothing can be "
-                "trained with it. Load the model outside of it."
-            )
-        ends = torch.stack(whole_tensor(weight).aminmax())  # both are NaN where one weight is
-        if not torch.isfinite(ends).all():
-            raise ValueError(f"The weight {name!r} holds NaN or infinity. Load the model again.")
+        module = model.get_submodule(name.rpartition(".")[0])
+        if reason := _reason_against(parameters[name].detach(), module):
+            raise ValueError(f"The weight {name!r} {reason}")
     _refuse_shared_memory(parameters, set(names))
     if not mask and torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -114,10 +102,43 @@ def check_weights(
             "outside of it."
         )
 
+# %% ../nbs/11_carriers.ipynb #reason-code
+def _reason_against(weight, module):
+    "Why a weight of a module can carry no mask, and what to do then; empty where it can."
+    if weight.is_meta or _is_offloaded(module):
+        return (
+            "is not in memory (device meta): it was offloaded, as by device_map='auto', or never "
+            "loaded. Load the whole model, without device_map."
+        )
+    if not weight.numel():
+        return "has no elements. Leave it out: exclude_modules."
+    if weight.is_inference():
+        return (
+            "was made under torch.inference_mode(), so nothing can be trained with it. Load the "
+            "model outside of it."
+        )
+    ends = torch.stack(whole_tensor(weight).aminmax())  # both are NaN where one weight is
+    if not torch.isfinite(ends).all():
+        return "holds NaN or infinity. Load the model again."
+    return ""
+
 
 def _is_offloaded(module):
     "Whether accelerate takes a module's weights away between forward passes."
     return getattr(getattr(module, "_hf_hook", None), "offload", False)
+
+# %% ../nbs/11_carriers.ipynb #fits-code
+def _check_fits(model, names, mask, parameters):
+    "Refuse a finished mask that does not fit a model, or covers more than linear weights."
+    check_maskable(model, names)
+    linear = linear_modules(model)
+    for name in names:
+        if name in parameters and name not in linear:
+            raise ValueError(
+                f"The mask holds {name!r}, which is no weight of a linear module; MFT masks "
+                "those alone. Put the mask on with mft_nb.bitmask.AppliedMask or a MaskSwitch."
+            )
+    check_same_shapes(mask, parameters)
 
 # %% ../nbs/11_carriers.ipynb #shared-memory
 def _refuse_shared_memory(parameters, chosen):

@@ -19,21 +19,34 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_files.ipynb #df546f4f
+_PART = ".part-"  # how a folder with half-written content begins
+_ASIDE = ".mft_nb-aside-"  # how a folder begins in which an old folder waits for the new one
+
+
 @contextmanager
 def whole(
     path: str | Path,  # a file or folder; replaced if it exists; its parent is made if missing
 ) -> Iterator[Path]:  # where to write it: the same name in a folder next to it
-    "Write a file or a folder in one step: readers see the old content or the new, never a part."
+    "Write a file in one step, a folder in two; FileNotFoundError if the block writes nothing."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as scratch:
+    for aside in path.parent.glob(f"{_ASIDE}*"):
+        if (aside / path.name).exists():
+            _put_back(aside)  # its process was killed
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PART) as scratch:
         part = Path(scratch) / path.name
         yield part
+        if not os.path.lexists(part):
+            raise FileNotFoundError(
+                f"Nothing was written to {part}, so {str(path)!r} is as it was. Write a file or a "
+                "folder there."
+            )
         if path.is_dir() and not path.is_symlink():
-            os.replace(path, Path(scratch) / "replaced by the new one")
-        os.replace(part, path)
+            _replace_folder(path, part)
+        else:
+            os.replace(part, path)
 
-
+# %% ../nbs/00_files.ipynb #write-whole
 def write_whole(
     path: str | Path,  # replaced if it exists
     content: str | bytes,  # text is written as UTF-8
@@ -42,6 +55,24 @@ def write_whole(
     with whole(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
+# %% ../nbs/00_files.ipynb #replace-folder
+def _replace_folder(path, new):
+    "Move a folder aside and another to its place; where that fails, the first one comes back."
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=_ASIDE))
+    try:
+        os.replace(path, aside / path.name)
+        os.replace(new, path)
+    finally:
+        _put_back(aside)
+
+
+def _put_back(aside):
+    "Move an old folder back to its name, or delete it where a new one took the name."
+    for old in aside.iterdir():
+        if not os.path.lexists(aside.parent / old.name):
+            os.replace(old, aside.parent / old.name)
+    remove_folder(aside)
+
 # %% ../nbs/00_files.ipynb #remove-code
 def remove_folder(
     folder: str | Path,  # nothing happens where there is none
@@ -49,15 +80,17 @@ def remove_folder(
     "Delete a folder and all it holds; others see the whole or nothing."
     folder = Path(folder)
     if folder.exists():
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_PART) as scratch:
             os.replace(folder, Path(scratch) / "old")
 
 
 def remove_parts(
     folder: str | Path,  # nothing happens where there is none
 ) -> None:
-    "Delete what `whole` left there when its process was killed."
-    for part in Path(folder).rglob(".part-*"):
+    "Clean up after a killed `whole`: put old folders back, and delete what was half-written."
+    for aside in list(Path(folder).rglob(f"{_ASIDE}*")):
+        _put_back(aside)
+    for part in Path(folder).rglob(f"{_PART}*"):
         shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #lock-code

@@ -54,27 +54,25 @@ class MFT:
     ):
         self._no_pickle = None if mask else _NoPickle()  # first: what is pickled first
         check_model(model)
-        for field, value, kind in (("config", config, MaskConfig), ("mask", mask, BitMask)):
-            if not isinstance(value, kind | None):
-                raise TypeError(
-                    f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as "
-                    "MaskConfig(keep=0.8) or what bitmask() gives."
-                )
+        _check_arguments(config, mask)
         self.config = config or MaskConfig.recommended()
         self.model = model
         self.trained_with = {}  # settings of the training, as plain values; kept in the mask file
-        self._forward_pass = ForwardPass()
-        self._masked = {}  # by weight name: its scores and mask
-        self._modules = {}  # by weight name: the module that it belongs to
-        self._order = {}  # by weight name: the module's parameters in their order
-        self._handles = []  # of the hooks
-        self._fixed = None  # a finished mask that is put on
-        self._penalty = self._frozen = None
-        self._on = False
         names = list(mask) if mask else choose_weights(model, self.config)
         check_weights(model, names, mask)
         trained = trained_parameters(model, self.config.modules_to_save, names)
-        self._rest = Rest(model, names, trained)
+        self._rest = Rest(model, names, trained)  # what the mask does not cover
+        # what is masked, by weight name
+        self._masked = {}  # the scores and the mask
+        self._modules = {}  # the module that has the weight
+        self._order = {}  # the names of the module's parameters, in their order
+        # what is on the model, to be taken off again
+        self._on = False
+        self._forward_pass = ForwardPass()
+        self._frozen = None
+        self._handles = []  # of the hooks
+        self._penalty = None
+        self._fixed = None  # a finished mask
         if not mask:
             self._make_scores(names)
         self._put_on(mask)
@@ -98,6 +96,16 @@ class MFT:
             )
 
 # %% ../nbs/12_mask.ipynb #make-scores
+def _check_arguments(config, mask):
+    "Refuse a config and a mask of the wrong type."
+    for field, value, kind in (("config", config, MaskConfig), ("mask", mask, BitMask)):
+        if not isinstance(value, kind | None):
+            raise TypeError(
+                f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as "
+                "MaskConfig(keep=0.8) or what bitmask() gives."
+            )
+
+
 @patch
 def _make_scores(self: MFT, names):
     "A score for each weight or unit, in groups that compete."
@@ -157,25 +165,6 @@ def _put_scores_on(self: MFT, name, masked):
 
 
 @patch
-def _remove(self: MFT, leave):
-    "Take everything off, leaving the masked weights or the base."
-    for handle in self._handles:
-        handle.remove()
-    self._handles = []
-    for name, module in self._modules.items():
-        if parametrize.is_parametrized(module, "weight"):  # not so if a fault came before it
-            detach_scores(module, leave)
-            for own in self._order[name]:  # torch puts the weight last; the model had its own order
-                if own in module._parameters:  # not so where somebody parametrized it since
-                    module._parameters[own] = module._parameters.pop(own)
-    if self._fixed:
-        (self._fixed.keep if leave else self._fixed.undo)()
-    if self._frozen:
-        self._frozen.undo()
-    self._on = False
-
-# %% ../nbs/12_mask.ipynb #in-force
-@patch
 @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
 def _before_forward(self: MFT, model, inputs):
     "A forward pass of the whole model begins."
@@ -191,7 +180,7 @@ def _after_forward(self: MFT, model, inputs, output):
     "It ends, perhaps with an error."
     self._forward_pass.leave()
 
-
+# %% ../nbs/12_mask.ipynb #in-force
 @patch
 def _check_in_place(self: MFT):
     "Refuse a model in which a masked layer was wrapped, replaced or offloaded since."
@@ -204,15 +193,33 @@ def _check_in_place(self: MFT):
         except AttributeError:
             found = None
         ours = found is module and parametrize.is_parametrized(module, "weight")
-        if ours and list(module.parametrizations.weight) == [self._masked[name]]:
-            if module.parametrizations.weight.original.is_meta:
-                raise RuntimeError(
-                    f"The weight {name!r} is not in memory (device meta), as if offloaded. Load "
-                    "the whole model, without device_map or offloading, and put the mask on then."
-                )
-            continue
-        what = "gone" if found is None else f"now {type(found).__name__}"
-        self._refuse_replaced(own, what)
+        if not ours or list(module.parametrizations.weight) != [self._masked[name]]:
+            self._refuse_replaced(own, "gone" if found is None else f"now {type(found).__name__}")
+        if module.parametrizations.weight.original.is_meta:
+            raise RuntimeError(
+                f"The weight {name!r} is not in memory (device meta), as if offloaded. Load "
+                "the whole model, without device_map or offloading, and put the mask on then."
+            )
+
+
+@patch
+def _check_still_there(self: MFT):
+    "Refuse a model that lost a weight which a finished mask is on."
+    present = {id(parameter) for parameter in self.model.parameters()}
+    for name, weight in self._fixed.weights.items():
+        if id(weight) not in present:
+            self._refuse_replaced(name.rpartition(".")[0], "its weight is gone")
+
+
+@patch
+def _refuse_replaced(self: MFT, own, what) -> NoReturn:
+    "The error of a mask that is no longer where it was put."
+    raise RuntimeError(
+        f"The masked layer {own!r} was wrapped, replaced or changed since the mask was put on "
+        f"({what}), as by a LoRA or another adapter of PEFT, so the model no longer has its "
+        "mask there. Take the adapter off (unload() in PEFT) or put the layer back; to use "
+        "both, call merge_and_unload() on the MFT first and add the adapter to the plain model."
+    )
 
 
 class _NoPickle:
@@ -277,29 +284,6 @@ def __repr__(self: MFT):
         mask = f"no mask: {error}"
     return f"MFT({type(self.model).__name__}, {mask})"
 
-# %% ../nbs/12_mask.ipynb #2836a4-1
-@patch
-def _warn_of_mask(self: MFT):
-    "Warn of a fraction not reached, and of what has no weight left."
-    if self._fixed:
-        return
-    mask, last = self.bitmask(), self.config.schedule[-1][0] if self.config.schedule else 0
-    scheduled = [masked for masked in self._masked.values() if hasattr(masked, "steps")]
-    if any(int(masked.steps) < last for masked in scheduled):
-        warnings.warn(
-            f"The schedule of keep ends at step {last}, and training has not come that far: the "
-            f"mask keeps {mask.density:.4f} of the weights, not {self.config.keep}.",
-            stacklevel=3,
-        )
-    for name, kept in mask.items():
-        if not kept.any():
-            warnings.warn(f"The mask prunes all of {name}.", stacklevel=3)
-    if self.config.scope not in ("neuron", "head"):
-        for axis in (0, 1):  # of the outputs
-            part = {n: mask[n] for n, m in self._masked.items() if m.info.input_dim == 1 - axis}
-            if part:
-                warn_fully_pruned(BitMask(part), axis)
-
 # %% ../nbs/12_mask.ipynb #30fb6d15
 MASK_FILE = "mask.safetensors"
 MODULES_FILE = "modules.safetensors"
@@ -333,6 +317,29 @@ def save_pretrained(
         if modules:
             write_whole(Path(folder) / MODULES_FILE, modules)
     return path
+
+# %% ../nbs/12_mask.ipynb #2836a4-1
+@patch
+def _warn_of_mask(self: MFT):
+    "Warn of a fraction not reached, and of what has no weight left."
+    if self._fixed:
+        return
+    mask, last = self.bitmask(), self.config.schedule[-1][0] if self.config.schedule else 0
+    scheduled = [masked for masked in self._masked.values() if hasattr(masked, "steps")]
+    if any(int(masked.steps) < last for masked in scheduled):
+        warnings.warn(
+            f"The schedule of keep ends at step {last}, and training has not come that far: the "
+            f"mask keeps {mask.density:.4f} of the weights, not {self.config.keep}.",
+            stacklevel=3,
+        )
+    for name, kept in mask.items():
+        if not kept.any():
+            warnings.warn(f"The mask prunes all of {name}.", stacklevel=3)
+    if self.config.scope not in ("neuron", "head"):
+        for axis in (0, 1):  # of the outputs
+            part = {n: mask[n] for n, m in self._masked.items() if m.info.input_dim == 1 - axis}
+            if part:
+                warn_fully_pruned(BitMask(part), axis)
 
 # %% ../nbs/12_mask.ipynb #69a703be
 @patch(cls_method=True)
@@ -385,15 +392,6 @@ def _take_modules(self: MFT, modules):
             self._rest.trained.setdefault(name, own[name].detach().clone())
         own[name].data.copy_(tensor)
 
-
-@patch
-def _check_still_there(self: MFT):
-    "Refuse a model that lost a weight which a finished mask is on."
-    present = {id(parameter) for parameter in self.model.parameters()}
-    for name, weight in self._fixed.weights.items():
-        if id(weight) not in present:
-            self._refuse_replaced(name.rpartition(".")[0], "its weight is gone")
-
 # %% ../nbs/12_mask.ipynb #2836a417
 @patch
 def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain again
@@ -445,6 +443,25 @@ def _check_names(self: MFT):
     for name, weight in self._fixed.weights.items() if self._fixed else ():
         if now.get(name) is not weight:
             self._refuse_replaced(name.rpartition(".")[0], "its weight has another name")
+
+# %% ../nbs/12_mask.ipynb #remove-code
+@patch
+def _remove(self: MFT, leave):
+    "Take everything off, leaving the masked weights or the base."
+    for handle in self._handles:
+        handle.remove()
+    self._handles = []
+    for name, module in self._modules.items():
+        if parametrize.is_parametrized(module, "weight"):  # not so if a fault came before it
+            detach_scores(module, leave)
+            for own in self._order[name]:  # torch puts the weight last; the model had its own order
+                if own in module._parameters:  # not so where somebody parametrized it since
+                    module._parameters[own] = module._parameters.pop(own)
+    if self._fixed:
+        (self._fixed.keep if leave else self._fixed.undo)()
+    if self._frozen:
+        self._frozen.undo()
+    self._on = False
 
 # %% ../nbs/12_mask.ipynb #c2cdd939
 @patch
@@ -539,14 +556,3 @@ def _without_scores(self: MFT):
     finally:
         for masked in self._masked.values():
             masked.in_state = True
-
-# %% ../nbs/12_mask.ipynb #in-place
-@patch
-def _refuse_replaced(self: MFT, own, what) -> NoReturn:
-    "The error of a mask that is no longer where it was put."
-    raise RuntimeError(
-        f"The masked layer {own!r} was wrapped, replaced or changed since the mask was put on "
-        f"({what}), as by a LoRA or another adapter of PEFT, so the model no longer has its "
-        "mask there. Take the adapter off (unload() in PEFT) or put the layer back; to use "
-        "both, call merge_and_unload() on the MFT first and add the adapter to the plain model."
-    )

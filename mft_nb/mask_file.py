@@ -253,6 +253,7 @@ def _entries(path, header):
     "The metadata in the header of a mask file of this version."
     try:
         metadata = json.loads(header)["__metadata__"]
+        # another library's file has no entry of ours: its metadata are read for a `format` instead
         entries = json.loads(metadata.get(_ENTRY, json.dumps(metadata)))
         written = str(entries["format"])
         name, _, number = written.partition("/")
@@ -275,18 +276,29 @@ def _entries(path, header):
 # %% ../nbs/06_mask_file.ipynb #check-entries
 def _check_entries(path, entries, tensors):
     "Refuse metadata that does not fit the tensors, or holds anything but what it should."
-    shapes = entries.get("tensors")
-    fits = isinstance(shapes, dict) and shapes and shapes.keys() == tensors.keys()
-    fits = fits and all(tensor.dtype == torch.uint8 for tensor in tensors.values())
-    fits = fits and all(_is_shape(one) for one in shapes.values())
-    fits = fits and all(isinstance(entries.get(name), dict) for name in ("config", "versions"))
-    later = ("training", "rest")  # not in the files of the first versions
-    fits = fits and all(isinstance(entries.get(name, {}), dict) for name in later)
-    fits = fits and all(_is_digest(entries.get(name)) for name in ("base_sha256", "mask_sha256"))
-    if not fits:
-        raise ValueError(f"{path} is not a mask file: its metadata does not fit its tensors.")
+    fits = {"tensors": _are_shapes(entries.get("tensors"), tensors)}
+    for name in ("config", "versions"):
+        fits[name] = isinstance(entries.get(name), dict)
+    for name in ("training", "rest"):  # not in the files of the first versions
+        fits[name] = isinstance(entries.get(name, {}), dict)
+    for name in ("base_sha256", "mask_sha256"):
+        fits[name] = _is_digest(entries.get(name))
+    wrong = [name for name, right in fits.items() if not right]
+    if wrong:
+        raise ValueError(
+            f"{path} is not a mask file: its metadata does not fit its tensors. Wrong is "
+            f"{', '.join(map(repr, wrong))}."
+        )
 
 
+def _are_shapes(shapes, tensors):
+    "Whether there is a possible shape for each tensor of the file, and all are bytes."
+    if not isinstance(shapes, dict) or not shapes or shapes.keys() != tensors.keys():
+        return False
+    as_bytes = all(tensor.dtype == torch.uint8 for tensor in tensors.values())
+    return as_bytes and all(_is_shape(one) for one in shapes.values())
+
+# %% ../nbs/06_mask_file.ipynb #is-shape
 def _is_shape(entry):
     "Whether an entry holds a shape that a tensor can have, and a count that fits it."
     if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):

@@ -111,12 +111,17 @@ def _with_loss(output, loss):
 # %% ../nbs/08_penalty.ipynb #part-code
 def _part_of_step(model, options):
     "This batch's part of an optimizer step, as `Trainer` counts it by labels; 1 if it does not."
-    total = options.get("num_items_in_batch")
-    labels = options.get("shift_labels", options.get("labels"))
+    total, labels = options.get("num_items_in_batch"), _counted_labels(model, options)
     if total is None or labels is None:
         return 1.0
+    return labels.ne(-100).sum() / total
+
+
+def _counted_labels(model, options):
+    "The labels that the loss is over. A causal model is not asked for the first of a row."
+    if "shift_labels" in options:  # the caller has left it out already
+        return options["shift_labels"]
+    labels = options.get("labels")
     decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     causal = decoder and "CausalLM" in str(getattr(model, "loss_type", None))
-    if causal and "shift_labels" not in options:
-        labels = labels[..., 1:]  # a token is the label of the one before it
-    return labels.ne(-100).sum() / total
+    return labels[..., 1:] if causal and labels is not None else labels

@@ -99,23 +99,29 @@ class Rest:
         trained: Iterable[str] = (),  # names of parameters that are trained with it
     ):
         self.model = model
-        parameters = dict(model.named_parameters())
-        self._masked = list(masked)
-        self._saved = set(model.state_dict()) - set(self._masked)
-        self.trained = {name: parameters[name].detach().clone() for name in trained}
-        self.buffers = {
-            n: b.detach().clone() for n, b in model.named_buffers() if _is_kept(model, n)
+        self._masked = list(masked)  # names
+        self._saved = set(model.state_dict()) - set(self._masked)  # names that a checkpoint has too
+        self._copy(trained)
+        self._hash()
+
+    def _copy(self, trained):
+        "Keep copies of what may change in training."
+        parameters = dict(self.model.named_parameters())
+        self.trained = {name: parameters[name].detach().clone() for name in trained}  # by name
+        self.buffers = {  # by name
+            name: buffer.detach().clone()
+            for name, buffer in self.model.named_buffers()
+            if _is_kept(self.model, name)
         }
-        self._empty = [  # buffers without a tensor: the module, and the name there
-            (module, name)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is None
-        ]
+        self._without_tensor = _buffers_without_tensor(self.model)
+
+    def _hash(self):
+        "Keep hashes of what should not change, masked weights included."
+        parameters = dict(self.model.named_parameters())
         base = {name: parameters[name].detach() for name in self._masked}
-        self._digests = tensor_digests(self.untouched() | base)
+        self._digests = tensor_digests(self.untouched() | base)  # by name
         known = {*self._masked, *self.trained}
-        self._watched = [(n, p) for n, p in parameters.items() if n not in known]
+        self._watched = [(n, p) for n, p in parameters.items() if n not in known]  # by `watch`
 
     def untouched(self) -> dict[str, Tensor]:
         "Parameters and saved buffers that the mask does not cover and training does not change."
@@ -137,6 +143,16 @@ class Rest:
         return trained | self.changed_buffers()
 
 # %% ../nbs/10_rest.ipynb #rest-tools
+def _buffers_without_tensor(model):
+    "Buffers that hold None, such as a cache before the first pass: the module and the own name."
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is None
+    ]
+
+
 def _is_kept(model, name):
     "Whether a buffer is copied; those of a quantized layer are its weights."
     return not hasattr(model.get_submodule(name.rpartition(".")[0]), "qweight")
@@ -191,7 +207,7 @@ def restore(self: Rest) -> None:
     now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
     for name, before in (self.trained | self.buffers).items():
         now[name].data.copy_(before)
-    for module, name in self._empty:
+    for module, name in self._without_tensor:  # filled meanwhile, as a cache is
         module._buffers[name] = None
     base = {name: now[name].detach() for name in self._masked if name in now}
     if changed := self.changed_by_hand(base):

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -24,14 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from .selection import Scope, TopK, Units, find_scope, keep_at, kept_count
-from mft_nb.sharded import (
-    Winners,
-    find_threshold,
-    is_sharded,
-    local_part,
-    same_parts,
-    whole_mask,
-)
+from .sharded import Winners, find_threshold, is_sharded, local_part, same_parts, whole_mask
 from .targets import WeightInfo
 
 # %% ../nbs/07_scores.ipynb #90ba39ac
@@ -165,9 +159,9 @@ class ScoreGroup:
         self.keep = keep
         self.absolute = absolute
         self.schedule = schedule
+        self.members = []  # who competes: `MaskedWeight`s, each at its place
+        self.finder = TopK()  # finds the winners, where this pass has not found them yet
         self.forward_pass = forward_pass or ForwardPass()
-        self.members = []
-        self.finder = TopK()
         self.gradients = 0  # backward passes through a mask of this group
         self.on_gradient = None  # called after each of them
         self.trained_by = None  # the thread whose forward pass the last gradient belongs to
@@ -248,6 +242,15 @@ def masks(
         return [winners.mask(one, place) for place, one in enumerate(ranked)]
 
 # %% ../nbs/07_scores.ipynb #group-winners
+@dataclass
+class _Found:
+    "What one search found, for all members that read it in the same forward pass."
+
+    winners: Winners
+    copies: list[Tensor] | None  # of the ranked scores; None: each member ranks its own
+    readers: set[int]  # places of the members that have read it
+
+
 @patch
 def winners(
     self: ScoreGroup,
@@ -255,18 +258,19 @@ def winners(
 ) -> tuple[Winners, Tensor]:  # of the group; and the member's scores as they are ranked
     "Who wins with the present scores."
     with self.lock:
-        found = self.forward_pass.found() if len(self.members) > 1 else None
-        winners, ranked, read = (found or {}).get(id(self), (None, None, {place}))
-        if place not in read:
-            read.add(place)
-            return winners, ranked[place] if ranked else self._ranked(self.members[place])
+        in_pass = self.forward_pass.found() if len(self.members) > 1 else None
+        found = (in_pass or {}).get(id(self))
+        if found and place not in found.readers:
+            found.readers.add(place)
+            own = found.copies[place] if found.copies else self._ranked(self.members[place])
+            return found.winners, own
         ranked = [self._ranked(member) for member in self.members]
         copied = self.trained_by not in (None, threading.get_ident())
         if copied:
             ranked = [one.clone() for one in ranked]
         winners = self._find_named(ranked)
-        if found is not None:
-            found[id(self)] = (winners, ranked if copied else None, {place})
+        if in_pass is not None:
+            in_pass[id(self)] = _Found(winners, ranked if copied else None, {place})
         return winners, ranked[place]
 
 # %% ../nbs/07_scores.ipynb #4cba781d
@@ -290,12 +294,12 @@ class MaskedWeight(nn.Module):
         super().__init__()
         shape = units.weight if units else tuple(scores.shape)
         self.info = info or WeightInfo("weight", shape)
-        self.scores = nn.Parameter(scores)
-        self.group = group
+        self.scores = nn.Parameter(scores)  # what is trained
+        self.group = group  # whom `forward` asks
         self.units = units
         self.in_state = True  # whether a state of the module has the scores
-        self.place = len(group.members)
-        self._score_shape, self._score_dtype = scores.shape, scores.dtype
+        self.place = len(group.members)  # of this one in the group
+        self._score_shape, self._score_dtype = scores.shape, scores.dtype  # as they must stay
         self._watched = ()  # the scores that tell of a gradient in `.grad`
         group.members.append(self)
         if group.schedule:
@@ -315,7 +319,7 @@ class MaskedWeight(nn.Module):
         if is_sharded(weight):  # read outside of the forward pass of its layer
             return torch.where(same_parts(self.mask, weight), weight.detach(), 0)
         if self.group.schedule and self.scores.requires_grad:
-            self._watch_gradients()
+            self._watch_gradients()  # for `StepCounter`
         return _StraightThrough.apply(weight, self.scores, self._way_to_mask(weight), self)
 
     def _apply(self, function, recurse=True):

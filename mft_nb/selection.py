@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'kept_count', 'check_keep', 'Units', 'neuron_units', 'head_units', 'Scope', 'TensorScope', 'LayerScope',
-           'GlobalScope', 'NeuronScope', 'HeadScope', 'n_of_m_mask', 'NofM', 'GivenMasks', 'find_scope', 'top_k',
-           'AboveThreshold', 'count_kept', 'keep_at', 'check_schedule', 'TopK']
+           'GlobalScope', 'NeuronScope', 'HeadScope', 'n_of_m_mask', 'NofM', 'GivenMasks', 'find_scope',
+           'AboveThreshold', 'count_kept', 'top_k', 'TopK', 'keep_at', 'check_schedule']
 
 # %% ../nbs/04_selection.ipynb #imports-05_select
 import math
@@ -265,13 +265,31 @@ def find_scope(
         scope.check(keep)
     return scope
 
-# %% ../nbs/04_selection.ipynb #56e21752
-def top_k(
-    scores: Tensor,  # any shape, any float type, no NaN
-    kept: int,  # how many to keep, 0 to scores.numel()
-) -> Tensor:  # bool, same shape and device: True where the score is among the largest
-    "Exactly `kept` ones, at the largest scores; among equal scores the first."
-    return _search([scores.detach().reshape(-1)], kept).mask(scores)
+# %% ../nbs/04_selection.ipynb #search-tools
+def _kth_smallest(flat, index):
+    "The value with `index` values before it in ascending order."
+    if flat.device.type != "cpu":
+        return flat.kthvalue(index + 1).values.item()
+    half = flat.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16; float32 is exact
+    values = _array(flat.float() if half else flat)
+    return float(np.partition(values, index)[index])
+
+
+def _above(flat, threshold):
+    "Where values lie above a threshold; NumPy is four times faster where it can work in place."
+    if _fast([flat]):
+        return torch.from_numpy(np.greater(_array(flat), np.float32(threshold)))
+    return flat > threshold
+
+
+def _fast(flat):
+    "Whether NumPy can work on the scores in place."
+    return all(score.device.type == "cpu" and score.dtype == torch.float32 for score in flat)
+
+
+def _array(flat):
+    "A tensor's values as NumPy's; by DLPack, since `numpy()` would forbid FSDP to free the memory."
+    return np.from_dlpack(flat.detach())
 
 # %% ../nbs/04_selection.ipynb #above-threshold
 @dataclass(frozen=True)
@@ -305,6 +323,9 @@ def count_kept(
     return int(np.count_nonzero(mask.detach().cpu().numpy()))
 
 # %% ../nbs/04_selection.ipynb #search-code
+_NOWHERE = torch.empty(0, dtype=torch.long)
+
+
 def _search(flat, kept):
     "The winners of all that compete, by a search of all of it."
     together = torch.cat(flat)
@@ -334,74 +355,39 @@ def _first_equal(flat, threshold, missing):
         missing -= len(found[-1])
     return tuple(found)
 
+# %% ../nbs/04_selection.ipynb #56e21752
+def top_k(
+    scores: Tensor,  # any shape, any float type, no NaN
+    kept: int,  # how many to keep, 0 to scores.numel()
+) -> Tensor:  # bool, same shape and device: True where the score is among the largest
+    "Exactly `kept` ones, at the largest scores; among equal scores the first."
+    return _search([scores.detach().reshape(-1)], kept).mask(scores)
 
-_NOWHERE = torch.empty(0, dtype=torch.long)
-
-# %% ../nbs/04_selection.ipynb #search-tools
-def _kth_smallest(flat, index):
-    "The value with `index` values before it in ascending order."
-    if flat.device.type != "cpu":
-        return flat.kthvalue(index + 1).values.item()
-    half = flat.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16; float32 is exact
-    values = _array(flat.float() if half else flat)
-    return float(np.partition(values, index)[index])
-
-
-def _above(flat, threshold):
-    "Where values lie above a threshold; NumPy is four times faster where it can work in place."
-    if _fast([flat]):
-        return torch.from_numpy(np.greater(_array(flat), np.float32(threshold)))
-    return flat > threshold
+# %% ../nbs/04_selection.ipynb #ec3c6f64
+_BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
 
 
-def _fast(flat):
-    "Whether NumPy can work on the scores in place."
-    return all(score.device.type == "cpu" and score.dtype == torch.float32 for score in flat)
+def _in_band(array, low, high):
+    "How many values lie above a band, and those that lie neither above nor below it."
+    over, under = np.empty((2, min(_BLOCK, array.size)), dtype=bool)
+    above, values = 0, []
+    for start in range(0, array.size, _BLOCK):
+        block = array[start : start + _BLOCK]
+        larger = np.greater(block, high, out=over[: block.size])
+        smaller = np.less(block, low, out=under[: block.size])
+        above += np.count_nonzero(larger)
+        within = np.equal(larger, smaller, out=smaller)
+        values.append(block[np.flatnonzero(within)])
+    return above, values
 
 
-def _array(flat):
-    "A tensor's values as NumPy's; by DLPack, since `numpy()` would forbid FSDP to free the memory."
-    return np.from_dlpack(flat.detach())
-
-# %% ../nbs/04_selection.ipynb #3febf022
-def keep_at(
-    schedule: Sequence[tuple[int, float]],  # checked by `check_schedule`
-    keep: float,  # fraction without a schedule
-    step: int,  # optimizer steps done
-) -> float:  # in (0, 1]
-    "The fraction to keep after some optimizer steps."
-    if not schedule:
-        return keep
-    steps, fractions = zip(*schedule, strict=True)
-    return float(np.interp(step, steps, fractions))
-
-# %% ../nbs/04_selection.ipynb #check-schedule
-def check_schedule(
-    schedule: Sequence[tuple[int, float]],  # (optimizer step, fraction) pairs; empty: constant
-    keep: float,  # fraction at the end, in (0, 1]
-) -> tuple[tuple[int, float], ...]:  # the same, as tuples
-    "Refuse, with a TypeError or ValueError, a schedule that is not one."
-    try:
-        pairs = tuple((step, fraction) for step, fraction in schedule)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"schedule is {schedule!r}; allowed are (step, fraction) pairs such as "
-            f"[(0, 1.0), (100, {keep})]."
-        ) from None
-    for step, fraction in pairs:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"schedule holds the step {step!r}; allowed are whole numbers from 0.")
-        check_keep(fraction)
-    steps = [step for step, _ in pairs]
-    if steps != sorted(set(steps)):
-        raise ValueError(
-            f"schedule has the steps {steps}; each must be larger than the one before."
-        )
-    if pairs and pairs[-1][1] != keep:
-        raise ValueError(
-            f"schedule ends at {pairs[-1][1]}, but keep is {keep}. Let its last pair end at {keep}."
-        )
-    return pairs
+def _search_band(values, missing, high):
+    "The largest value of a band that goes, and how many of the equal ones stay."
+    if not missing:
+        return high, 0
+    goes = len(values) - missing
+    threshold = np.partition(values, goes - 1)[goes - 1] if goes else values.min()
+    return threshold, missing - np.count_nonzero(values > threshold)
 
 # %% ../nbs/04_selection.ipynb #0fe78d06
 _FIRST_SHARE, _LARGEST_SHARE = 0.01, 0.08  # of the scores, in the band
@@ -471,43 +457,17 @@ def _anew(self: TopK, flat, kept):
 
 
 @patch
-def _band_around(self: TopK, values, threshold):
-    "The values some places before and after the threshold; None where they are equal."
+def _band_around(self: TopK, values, rank):
+    "The values some ranks below and above one, in ascending order; None where they are equal."
     margin = max(1, round(len(values) * self._share / 2))
-    edges = (max(0, threshold - margin), min(len(values) - 1, threshold + margin))
+    edges = (max(0, rank - margin), min(len(values) - 1, rank + margin))
     low, high = np.partition(values, edges)[list(edges)]
     return (low, high) if low < high else None
-
-# %% ../nbs/04_selection.ipynb #ec3c6f64
-_BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
-
-
-def _in_band(array, low, high):
-    "How many values lie above a band, and those that lie neither above nor below it."
-    over, under = np.empty((2, min(_BLOCK, array.size)), dtype=bool)
-    above, values = 0, []
-    for start in range(0, array.size, _BLOCK):
-        block = array[start : start + _BLOCK]
-        larger = np.greater(block, high, out=over[: block.size])
-        smaller = np.less(block, low, out=under[: block.size])
-        above += np.count_nonzero(larger)
-        within = np.equal(larger, smaller, out=smaller)
-        values.append(block[np.flatnonzero(within)])
-    return above, values
-
-
-def _search_band(values, missing, high):
-    "The largest value of a band that goes, and how many of the equal ones stay."
-    if not missing:
-        return high, 0
-    goes = len(values) - missing
-    threshold = np.partition(values, goes - 1)[goes - 1] if goes else values.min()
-    return threshold, missing - np.count_nonzero(values > threshold)
 
 # %% ../nbs/04_selection.ipynb #b8324fbc
 @patch
 def _near(self: TopK, flat, kept):
-    "Search the band only; None where that does not settle it."
+    "The winners by way of the band; None where that does not settle it."
     low, high = self._band
     above, values = zip(*(_in_band(_array(one), low, high) for one in flat), strict=True)
     missing, values = kept - sum(above), np.concatenate(sum(values, []))
@@ -517,14 +477,68 @@ def _near(self: TopK, flat, kept):
         return None
     if share > 2 * _LARGEST_SHARE:
         return None
-    last = self._last
-    if low <= last.threshold <= high and not any(map(len, last.ties)):
-        if np.count_nonzero(values > np.float32(last.threshold)) == missing:
-            return last
+    if self._holds_in_band(values, missing):
+        return self._last
     threshold, equal = _search_band(values, missing, high)
     if 0 < missing < len(values):
-        half = (high - low) / 2
-        if share > _SMALL_SHARE:  # narrower, but well wider than the last shift
-            half = min(half, max(half / 2, 4 * abs(threshold - (low + high) / 2)))
-        self._band = (threshold - half, threshold + half)
+        self._narrow(threshold, share)
     return AboveThreshold(float(threshold), _first_equal(flat, float(threshold), equal))
+
+
+@patch
+def _holds_in_band(self: TopK, values, missing):
+    "Whether the last threshold lies in the band, and the missing ones are above it."
+    (low, high), last = self._band, self._last
+    if not low <= last.threshold <= high or any(map(len, last.ties)):
+        return False
+    return np.count_nonzero(values > np.float32(last.threshold)) == missing
+
+
+@patch
+def _narrow(self: TopK, threshold, share):
+    "Put the band around a threshold; narrower, but well wider than the last shift."
+    low, high = self._band
+    half = (high - low) / 2
+    if share > _SMALL_SHARE:
+        half = min(half, max(half / 2, 4 * abs(threshold - (low + high) / 2)))
+    self._band = (threshold - half, threshold + half)
+
+# %% ../nbs/04_selection.ipynb #3febf022
+def keep_at(
+    schedule: Sequence[tuple[int, float]],  # checked by `check_schedule`
+    keep: float,  # fraction without a schedule
+    step: int,  # optimizer steps done
+) -> float:  # in (0, 1]
+    "The fraction to keep after some optimizer steps."
+    if not schedule:
+        return keep
+    steps, fractions = zip(*schedule, strict=True)
+    return float(np.interp(step, steps, fractions))
+
+# %% ../nbs/04_selection.ipynb #check-schedule
+def check_schedule(
+    schedule: Sequence[tuple[int, float]],  # (optimizer step, fraction) pairs; empty: constant
+    keep: float,  # fraction at the end, in (0, 1]
+) -> tuple[tuple[int, float], ...]:  # the same, as tuples
+    "Refuse, with a TypeError or ValueError, a schedule that is not one."
+    try:
+        pairs = tuple((step, fraction) for step, fraction in schedule)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"schedule is {schedule!r}; allowed are (step, fraction) pairs such as "
+            f"[(0, 1.0), (100, {keep})]."
+        ) from None
+    for step, fraction in pairs:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"schedule holds the step {step!r}; allowed are whole numbers from 0.")
+        check_keep(fraction)
+    steps = [step for step, _ in pairs]
+    if steps != sorted(set(steps)):
+        raise ValueError(
+            f"schedule has the steps {steps}; each must be larger than the one before."
+        )
+    if pairs and pairs[-1][1] != keep:
+        raise ValueError(
+            f"schedule ends at {pairs[-1][1]}, but keep is {keep}. Let its last pair end at {keep}."
+        )
+    return pairs

@@ -26,27 +26,6 @@ def local_part(tensor: Tensor) -> Tensor:
     "What this process holds of a tensor: all of it, or its part of a `DTensor`."
     return tensor.to_local() if is_sharded(tensor) else tensor
 
-# %% ../nbs/03_sharded.ipynb #cut-code
-_HALF = 1 << 16
-
-
-def _keys(score):
-    "Whole numbers in the order of the scores, from 0 to 2**32 - 1; -0.0 and 0.0 are the same."
-    bits = (local_part(score.detach()).float() + 0.0).reshape(-1).view(torch.int32).long()
-    return torch.where(bits < 0, ~bits & 0x7FFFFFFF, bits + (1 << 31))
-
-
-def _histogram(scores, digits, group):
-    "How many scores there are of each digit, 0 to 65535; `digits` gives those of one tensor."
-    return _sums(scores, lambda score: torch.bincount(digits(score), minlength=_HALF), group)
-
-
-def _bin_from_above(histogram, kept):
-    "The digit at which so many are counted from the largest down, and how many lie above it."
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, kept))
-    return _HALF - 1 - place, int(above[place - 1]) if place else 0
-
 # %% ../nbs/03_sharded.ipynb #sum-code
 def _sums(scores, count, group):
     "Counts of all scores: those of the pieces summed over processes, the others as they are."
@@ -58,7 +37,7 @@ def _sums(scores, count, group):
         dist.all_reduce(pieces, group=group)
     return sum(counts[False], 0 if pieces is None else pieces)
 
-
+# %% ../nbs/03_sharded.ipynb #group-code
 def _shard_group(scores):
     "The processes among which sharded scores lie in rows, in their order; None where none is."
     for score in scores:
@@ -74,6 +53,27 @@ def _shard_group(scores):
         if dims:
             return score.device_mesh.get_group(dims[0])
     return None
+
+# %% ../nbs/03_sharded.ipynb #cut-code
+_HALF = 1 << 16
+
+
+def _keys(score):
+    "Whole numbers in the order of the scores, from 0 to 2**32 - 1; -0.0 and 0.0 are the same."
+    bits = (local_part(score.detach()).float() + 0.0).reshape(-1).view(torch.int32).long()
+    return torch.where(bits < 0, ~bits & 0x7FFFFFFF, bits + (1 << 31))
+
+# %% ../nbs/03_sharded.ipynb #histogram-code
+def _histogram(scores, digits, group):
+    "How many scores there are of each digit, 0 to 65535; `digits` gives those of one tensor."
+    return _sums(scores, lambda score: torch.bincount(digits(score), minlength=_HALF), group)
+
+
+def _bin_from_above(histogram, kept):
+    "The digit at which so many are counted from the largest down, and how many lie above it."
+    above = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, kept))
+    return _HALF - 1 - place, int(above[place - 1]) if place else 0
 
 # %% ../nbs/03_sharded.ipynb #winners-code
 class Winners(ABC):

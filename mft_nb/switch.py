@@ -24,14 +24,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from mft_nb.bitmask import (
-    BitMask,
-    check_same_shapes,
-    check_writable,
-    hold,
-    mask_holders,
-    release,
-)
+from .bitmask import BitMask, check_same_shapes, check_writable, hold, mask_holders, release
 from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import load_mask
 from .scores import MaskedWeight, calls_going_on, module_call
@@ -45,25 +38,21 @@ class MaskSwitch:
         model: nn.Module,  # holds the base weights; changed in place by `use`
     ):
         self.model = model
+        # the masks that were added
         self._zeros = {}  # mask name -> {(weight name, piece): places}
         self._shapes = {}  # weight name -> shape
-        self._zeroed = {}  # (weight name, piece) -> (places, their values), as in force
-        self._versions = {}  # weight name -> torch's count of changes, as in force
-        self._changed = set()  # weight names: changed by others under the last mask
+        # what is in force
         self._active = None
         self._last = None  # the mask of a switch that did not end well, for a message
+        self._zeroed = {}  # (weight name, piece) -> (places, their values)
         self._held = {}  # weight name -> the weight, as long as parts of it are zeroed
-        self._forget_callers()
+        self._versions = {}  # weight name -> torch's count of changes
+        self._changed = set()  # weight names: changed by others under the last mask
+        # who uses the model
+        self._callers = _Callers()
         self._check_model()
         self._guard = _Guard(self)
         self._watch()
-
-    def _forget_callers(self):
-        "Nobody uses the model, as far as this switch knows."
-        self._state = threading.Condition()
-        self._blocks = []  # open `using` blocks, the innermost last
-        self._running = defaultdict(list)  # by thread: calls of the model that go on
-        self._asked = weakref.WeakKeyDictionary()  # by caller: the mask that it asked for by `use`
 
     def _watch(self):
         "Put the guard on the model, for as long as there is a switch."
@@ -87,9 +76,45 @@ class MaskSwitch:
         masks = ", ".join(self._zeros) or "none"
         return f"MaskSwitch({type(self.model).__name__}, masks: {masks}; active: {self.active})"
 
+# %% ../nbs/13_switch.ipynb #callers-code
+class _Callers:
+    "Who uses a model right now; who must wait, who is refused. To be called with `lock` held."
+
+    def __init__(self):
+        self.lock = threading.Condition()  # notified when a block or a forward pass ends
+        self.blocks = []  # open `using` blocks, the innermost last
+        self._running = defaultdict(list)  # by thread: calls of the model that go on
+        self._asked = weakref.WeakKeyDictionary()  # by caller: the mask that it asked for by `use`
+
+    def note(self, name):
+        "Remember which mask the caller asked for by `use`."
+        self._asked[_who()] = name
+        _ASKED.set((weakref.ref(self), name))
+
+    def asked(self, default):
+        "The mask that the caller, or the one who started its thread, asked for by `use`."
+        asked = _ASKED.get()
+        default = asked[1] if asked and asked[0]() is self else default
+        return self._asked.get(_who(), default)
+
+    def going_on(self, thread):
+        "Calls of the model in a thread, without those that Ctrl-C broke off."
+        return calls_going_on(self._running[thread], thread)
+
+
+_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
+
+
+def _who():
+    "The coroutine or the thread that is asking."
+    with suppress(RuntimeError):  # no loop runs in this thread
+        if task := asyncio.current_task():
+            return task
+    return threading.current_thread()
+
 # %% ../nbs/13_switch.ipynb #guard-code
 class _Guard:
-    "Hooks of a model: they keep order among callers, and the switch of a mask in force."
+    "Hooks of a model: they tell of each forward pass, and keep the switch of a mask in force."
 
     def __init__(self, switch=None):
         self.switch = weakref.ref(switch) if switch else lambda: None
@@ -98,12 +123,14 @@ class _Guard:
     def enter(self, model, inputs):
         "Before a forward pass of the model."
         if (switch := self.switch()) and not getattr(model, "_is_replica", False):
-            switch._enter_forward()
+            with switch._callers.lock:
+                switch._callers.enter(switch._active)
 
     def leave(self, model, inputs, output):
         "After it, also with an error."
         if (switch := self.switch()) and not getattr(model, "_is_replica", False):
-            switch._leave_forward()
+            with switch._callers.lock:
+                switch._callers.leave()
 
     def __reduce__(self):  # a copy of a model under a mask has its own switch; else a guard of none
         return _copied_guard, (self.mask_holder,)
@@ -138,11 +165,7 @@ def add(
     mask: BitMask | str | Path,  # a mask, a mask file, or a folder with one
 ) -> None:
     "Add a mask; ValueError for one that was made for other shapes or, from a file, other weights."
-    if not isinstance(name, str) or name in self._zeros:
-        raise ValueError(
-            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
-            "remove(name) first to replace a mask."
-        )
+    self._check_new(name)
     if not isinstance(mask, (BitMask, str, Path)):
         raise TypeError(
             f"mask is a {type(mask).__name__}; allowed are a BitMask and the path of a mask file."
@@ -151,12 +174,25 @@ def add(
         mask = self._load(Path(mask))
     check_same_shapes(mask, dict(self.model.named_parameters()))
     weights = self._weights(mask)
-    self._zeros[name] = {
+    places = {
         (weight, piece): places.to(weights[weight].device)
         for weight, kept in mask.items()
         for piece, places in _places(kept).items()
     }
-    self._shapes |= {weight: kept.shape for weight, kept in mask.items()}
+    with self._callers.lock:
+        self._check_new(name)
+        self._zeros[name] = places
+        self._shapes |= {weight: kept.shape for weight, kept in mask.items()}
+
+
+@patch
+def _check_new(self: MaskSwitch, name):
+    "Refuse a name that is taken, or no string."
+    if not isinstance(name, str) or name in self._zeros:
+        raise ValueError(
+            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
+            "remove(name) first to replace a mask."
+        )
 
 # %% ../nbs/13_switch.ipynb #places-code
 _PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
@@ -197,13 +233,29 @@ def _check_name(self: MaskSwitch, name):
             "with add(name, mask)."
         )
 
+# %% ../nbs/13_switch.ipynb #scratch-code
+class _Scratch:
+    "Room for one piece after the other, for the weights of one device and type."
+
+    def __init__(self, weight):
+        self.zeros = weight.new_zeros(_PIECE)
+        self._room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+
+    def widened(self, places):
+        "Places in 64 bits, as torch wants them; NumPy, since it starts no threads of its own."
+        wide = self._room[: len(places)]
+        if places.device.type != "cpu" or wide.device.type != "cpu":
+            return wide.copy_(places)
+        np.copyto(wide.numpy(), places.numpy())
+        return wide
+
 # %% ../nbs/13_switch.ipynb #5e80b3d7
 @patch
-def _switch(self: MaskSwitch, part, key, places, room, zeros):
+def _switch(self: MaskSwitch, part, key, places, scratch):
     "Put back what is zeroed in a piece, then zero it at other places."
     if key in self._zeroed:
         before, values = self._zeroed[key]
-        where = _widened(before, room)
+        where = scratch.widened(before)
         written = part.index_select(0, where).any()  # perhaps in a way that torch does not count
         if written:
             self._changed.add(key[0])
@@ -213,33 +265,23 @@ def _switch(self: MaskSwitch, part, key, places, room, zeros):
     if places is None:
         del self._zeroed[key]
         return
-    where = _widened(places, room)
+    where = scratch.widened(places)
     self._zeroed[key] = (places, part.index_select(0, where))
-    part.scatter_(0, where, zeros)
-
-
-def _widened(places, room):
-    "Places with 64 bits each, as torch wants them; NumPy, since it starts no threads of its own."
-    wide = room[: len(places)]
-    if places.device.type != "cpu" or wide.device.type != "cpu":
-        return wide.copy_(places)
-    np.copyto(wide.numpy(), places.numpy())
-    return wide
+    part.scatter_(0, where, scratch.zeros)
 
 # %% ../nbs/13_switch.ipynb #switch-pieces
 @patch
 @torch.no_grad()
 def _switch_pieces(self: MaskSwitch, keys, weights, after):
     "Switch pieces one after the other."
-    scratch = {}  # for a device and type: room for places of 64 bits, and zeros
+    scratch = {}  # by device and type
     for key in keys:
         weight = weights[key[0]]
         kind = (weight.device, weight.dtype)
         if kind not in scratch:
-            room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
-            scratch[kind] = (room, weight.new_zeros(_PIECE))
+            scratch[kind] = _Scratch(weight)
         part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
-        self._switch(part, key, after.get(key), *scratch[kind])
+        self._switch(part, key, after.get(key), scratch[kind])
 
 # %% ../nbs/13_switch.ipynb #switch-all
 @patch
@@ -269,13 +311,9 @@ def _switch_to(self: MaskSwitch, name):
             return
     after = self._zeros.get(name, {})
     keys = list(dict.fromkeys([*self._zeroed, *after]))
-    weights = self._weights({weight: None for weight, _ in keys})
-    under, self._changed = self._active, self._counted_changes(weights)
-    fresh = {weight: weights[weight] for weight in weights if weight not in self._held}
-    hold(fresh.values(), self)
-    self._held |= fresh
-    self._guard.mask_holder = self  # the model keeps us
-    self._last, self._active = name or self._active, None  # until all pieces are done
+    weights = self._take_hold(keys)
+    under, self._active = self._active, None  # until all pieces are done
+    self._last = name or under
     try:
         self._switch_all(keys, weights, after)
         self._warn_of_changes(under)
@@ -286,8 +324,19 @@ def _switch_to(self: MaskSwitch, name):
     finally:
         torch.clear_autocast_cache()  # it holds copies of the weights of before
         self._let_go()
-    counted = {weight: weights[weight] for weight, _ in after}
-    self._versions = {n: one._version for n, one in counted.items() if not one.is_inference()}
+    self._record({weight: weights[weight] for weight, _ in after})
+
+# %% ../nbs/13_switch.ipynb #take-hold
+@patch
+def _take_hold(self: MaskSwitch, keys):
+    "The weights of some pieces, checked and held; the model keeps the switch from here on."
+    weights = self._weights({weight: None for weight, _ in keys})
+    self._changed = self._counted_changes(weights)
+    fresh = {name: weight for name, weight in weights.items() if name not in self._held}
+    hold(fresh.values(), self)
+    self._held |= fresh
+    self._guard.mask_holder = self
+    return weights
 
 # %% ../nbs/13_switch.ipynb #back-to-base
 @patch
@@ -309,6 +358,12 @@ def _let_go(self: MaskSwitch):
 
 # %% ../nbs/13_switch.ipynb #27f6c1ab
 @patch
+def _record(self: MaskSwitch, weights):
+    "Torch's counts of writes to weights; under torch.inference_mode it counts none."
+    self._versions = {n: one._version for n, one in weights.items() if not one.is_inference()}
+
+
+@patch
 def _counted_changes(self: MaskSwitch, weights):
     "Names of weights that others changed under the mask in force, by torch's count of writes."
     counts, self._versions = self._versions, {}
@@ -328,60 +383,41 @@ def _warn_of_changes(self: MaskSwitch, under):
         )
 
 # %% ../nbs/13_switch.ipynb #6a40d8f1
-_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
-
-
 @patch
 def use(
     self: MaskSwitch,
     name: str | None,  # of a mask that was added; None: the base
 ) -> None:
     "Make a mask the one in force, in place; where that fails, the base."
-    with self._state:
-        self._wait_for_turn()
+    with self._callers.lock:
+        self._callers.wait_for_turn()
         self._switch_to(name)
-        self._asked[_who()] = name
-        _ASKED.set((weakref.ref(self), name))
-
-
-def _who():
-    "The coroutine or the thread that is asking."
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        task = None
-    return task or threading.current_thread()
+        self._callers.note(name)
 
 # %% ../nbs/13_switch.ipynb #wait-code
 @patch
-def _wait_for_turn(self: MaskSwitch):
-    "Wait, with the lock held, until no other thread is in a block or in a forward pass."
+def wait_for_turn(self: _Callers):
+    "Wait until no other thread is in a block or in a forward pass."
     me = threading.get_ident()
-    if self._goes_on(me):
+    if self.going_on(me):
         raise RuntimeError(
             "The mask cannot be switched within a forward pass of the model. Switch before or "
             "after it."
         )
 
     def free():
-        blocked = self._blocks and self._blocks[-1].thread != me
+        blocked = self.blocks and self.blocks[-1].thread != me
         others = [thread for thread in self._running if thread != me]
-        return not blocked and not any(map(self._goes_on, others))
+        return not blocked and not any(map(self.going_on, others))
 
-    while not self._state.wait_for(free, timeout=0.2):
+    while not self.lock.wait_for(free, timeout=0.2):
         pass  # a pass that was broken off wakes nobody
-    if self._blocks and self._blocks[-1].who is not _who():
+    if self.blocks and self.blocks[-1].who is not _who():
         raise RuntimeError(
             "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
             "for it would stop both. Do not await inside of a block, or give each coroutine a "
             "model of its own."
         )
-
-
-@patch
-def _goes_on(self: MaskSwitch, thread):
-    "Calls of the model in a thread, without those that Ctrl-C broke off."
-    return calls_going_on(self._running[thread], thread)
 
 # %% ../nbs/13_switch.ipynb #e2b8405d
 @patch
@@ -391,16 +427,18 @@ def using(
     name: str | None,  # of a mask that was added; None: the base
 ) -> Iterator[MaskSwitch]:
     "A mask for the length of a `with` block; then again what was in force before."
-    with self._state:
-        self._wait_for_turn()
+    callers = self._callers
+    with callers.lock:
+        callers.wait_for_turn()
         block = _Block(_who(), threading.get_ident(), self._active)
         self._switch_to(name)
-        self._blocks.append(block)
+        callers.blocks.append(block)
     try:
         yield self
     finally:
-        with self._state:
-            self._leave_block(block)
+        with callers.lock:
+            callers.close(block)
+            self._switch_to(block.before)
 
 
 @dataclass(eq=False)
@@ -413,33 +451,33 @@ class _Block:
 
 # %% ../nbs/13_switch.ipynb #leave-block
 @patch
-def _leave_block(self: MaskSwitch, block):
-    "Go back to what was in force before a block; RuntimeError where an inner one is still open."
-    place = self._blocks.index(block)
-    self._blocks.remove(block)
-    self._state.notify_all()
-    if place < len(self._blocks):
-        self._blocks[place].before = block.before
+def close(self: _Callers, block):
+    "A block ends; RuntimeError where an inner one is still open."
+    place = self.blocks.index(block)
+    self.blocks.remove(block)
+    self.lock.notify_all()
+    if place < len(self.blocks):
+        self.blocks[place].before = block.before
         raise RuntimeError(
             "A `using` block was left while one that was opened in it is still open, so what ran "
             "in it since had the mask of that one. Leave the inner block first."
         )
-    self._switch_to(block.before)
 
-
+# %% ../nbs/13_switch.ipynb #remove-code
 @patch
 def remove(
     self: MaskSwitch,
     name: str,  # of a mask that is not in force
 ) -> None:
     "Forget a mask."
-    self._check_name(name)
-    if name in (self._active, *(block.before for block in self._blocks)):
-        raise ValueError(
-            f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
-            "use(None) or leave the block first."
-        )
-    del self._zeros[name]
+    with self._callers.lock:  # not in the middle of a switch of another thread
+        self._check_name(name)
+        if name in (self._active, *(block.before for block in self._callers.blocks)):
+            raise ValueError(
+                f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
+                "use(None) or leave the block first."
+            )
+        del self._zeros[name]
 
 # %% ../nbs/13_switch.ipynb #load-code
 @patch
@@ -458,38 +496,30 @@ def _load(self: MaskSwitch, path):
 
 # %% ../nbs/13_switch.ipynb #order-code
 @patch
-def _enter_forward(self: MaskSwitch):
+def enter(self: _Callers, active):
     "A forward pass begins; refuse one that would not get the mask that its caller counts on."
-    with self._state:
-        who = _who()
-        self._running[threading.get_ident()].append(module_call())  # until `leave`, or Ctrl-C
-        if self._blocks and self._blocks[-1].who is not who:
-            raise RuntimeError(
-                f"The mask {self._active!r} is in force for a `with switch.using(...)` block of "
-                "another thread or coroutine. Run the model in a block of your own, which waits: "
-                "`with switch.using(name):`, or using(None) for the base."
-            )
-        asked = self._asked.get(who, _asked_by_context(self, self._active))
-        if not self._blocks and asked != self._active:
-            raise RuntimeError(
-                f"This thread asked for the mask {asked!r}, and another one has put "
-                f"{self._active!r} in force since. Use `with switch.using(name):` blocks, which "
-                "wait for each other."
-            )
+    self._running[threading.get_ident()].append(module_call())  # until `leave`, or Ctrl-C
+    if self.blocks and self.blocks[-1].who is not _who():
+        raise RuntimeError(
+            f"The mask {active!r} is in force for a `with switch.using(...)` block of "
+            "another thread or coroutine. Run the model in a block of your own, which waits: "
+            "`with switch.using(name):`, or using(None) for the base."
+        )
+    asked = self.asked(default=active)
+    if not self.blocks and asked != active:
+        raise RuntimeError(
+            f"This thread asked for the mask {asked!r}, and another one has put "
+            f"{active!r} in force since. Use `with switch.using(name):` blocks, which "
+            "wait for each other."
+        )
 
 
 @patch
-def _leave_forward(self: MaskSwitch):
+def leave(self: _Callers):
     "A forward pass ends."
-    with self._state:
-        self._running[threading.get_ident()] = self._goes_on(threading.get_ident())[:-1]
-        self._state.notify_all()
-
-
-def _asked_by_context(switch, default):
-    "The mask that the caller of this thread asked a switch for."
-    asked = _ASKED.get()
-    return asked[1] if asked and asked[0]() is switch else default
+    me = threading.get_ident()
+    self._running[me] = self.going_on(me)[:-1]
+    self.lock.notify_all()
 
 # %% ../nbs/13_switch.ipynb #remove-all
 @patch(cls_method=True)
@@ -512,7 +542,7 @@ def how_to_undo(self: MaskSwitch) -> str:
 @patch
 def __getstate__(self: MaskSwitch):
     "What a copy gets: weights that count their changes anew, and no callers."
-    own = ("_state", "_blocks", "_running", "_asked", "_guard", "_unwatch", "_held")
+    own = ("_callers", "_guard", "_unwatch", "_held")
     state = {name: value for name, value in self.__dict__.items() if name not in own}
     return state | {"_versions": {}, "_held": {}}
 
@@ -520,7 +550,7 @@ def __getstate__(self: MaskSwitch):
 @patch
 def __setstate__(self: MaskSwitch, state):
     self.__dict__.update(state)
-    self._forget_callers()
+    self._callers = _Callers()
     if not self._zeroed:  # else the guard of the copied model brings itself
         self._guard = _Guard(self)
         self._watch()

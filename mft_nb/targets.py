@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_EXCLUDE', 'HEAD_OUTPUTS', 'layer_of', 'layer_names', 'check_pattern', 'linear_modules', 'find_layers',
-           'layer_count', 'middle_third', 'maskable_weights', 'check_maskable', 'unreached_weights', 'warn_unreached',
+           'layer_count', 'middle_third', 'check_maskable', 'maskable_weights', 'unreached_weights', 'warn_unreached',
            'WeightInfo', 'describe_weights']
 
 # %% ../nbs/01_targets.ipynb #imports-01_targe
@@ -110,6 +110,23 @@ def linear_modules(
         if _is_linear(module)
     }
 
+# %% ../nbs/01_targets.ipynb #has-blocks
+def _has_blocks(modules):
+    "Whether two of the modules are of one class, and more than a bare linear."
+    kinds = Counter(type(module) for module in modules if not _is_linear(module))
+    return max(kinds.values(), default=0) > 1
+
+# %% ../nbs/01_targets.ipynb #find-stacks
+def _find_stacks(model, linear, words):
+    "The places whose numbered children are blocks; those called by an excluded word, if no other."
+    children = defaultdict(dict)
+    for name in linear:
+        for stack, _, child in _numbers(name):
+            children[stack][child] = model.get_submodule(child)
+    stacks = {stack for stack, found in children.items() if _has_blocks(found.values())}
+    named = {stack for stack in stacks if not _matches(f"{stack}.", words)}
+    return named or stacks  # a head of blocks is no stack next to the layers
+
 # %% ../nbs/01_targets.ipynb #22a17fef
 @dataclass(frozen=True)
 class _Place:
@@ -123,13 +140,7 @@ class _Place:
 def _layer_places(model, linear, exclude_modules):
     "The place of each weight in the layers, without those in no layer."
     words = [pattern for pattern in exclude_modules if pattern in DEFAULT_EXCLUDE]
-    children = defaultdict(dict)
-    for name in linear:
-        for stack, _, child in _numbers(name):
-            children[stack][child] = model.get_submodule(child)
-    stacks = {stack for stack, found in children.items() if _has_blocks(found.values())}
-    named = {stack for stack in stacks if not _matches(f"{stack}.", words)}
-    stacks = named or stacks  # a head of blocks is no stack next to the layers
+    stacks = _find_stacks(model, linear, words)
     places = {}
     for name in linear:
         for stack, number, child in _numbers(name):
@@ -140,12 +151,6 @@ def _layer_places(model, linear, exclude_modules):
             if inside:
                 break  # a word of the layer's own leaves it whole
     return places
-
-# %% ../nbs/01_targets.ipynb #has-blocks
-def _has_blocks(modules):
-    "Whether two of the modules are of one class, and more than a bare linear."
-    kinds = Counter(type(module) for module in modules if not _is_linear(module))
-    return max(kinds.values(), default=0) > 1
 
 # %% ../nbs/01_targets.ipynb #33445ba4
 def find_layers(
@@ -214,42 +219,6 @@ def _span(numbers):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers)) or "none (no name holds a number)"
 
-# %% ../nbs/01_targets.ipynb #8569affa
-def maskable_weights(
-    model: nn.Module,  # any module with linear layers
-    layers: str | Iterable[int] = "middle",  # layer numbers, "middle" (third) or "all"
-    target_modules: Iterable[
-        str
-    ] = (),  # regular expressions; a name must match one; none: all names
-    exclude_modules: Iterable[str] = DEFAULT_EXCLUDE,  # regular expressions; a name must match none
-) -> dict[str, nn.Parameter]:  # weight matrices by dotted name, in the model's order
-    "The weight matrices that a mask may touch; ValueError when a layer or a pattern fits nothing."
-    target_modules, exclude_modules = tuple(target_modules), tuple(exclude_modules)
-    layers = layers if isinstance(layers, str) else tuple(layers)
-    linear = linear_modules(model)
-    _check_excluded(linear, target_modules, exclude_modules)
-    tied = _tied(model, linear)
-    inside = _in_layers(model, linear, layers, target_modules, exclude_modules)
-    allowed = {n: m for n, m in inside.items() if n not in tied}
-    for pattern in target_modules:
-        if not _matches_any(pattern, allowed):
-            reason = _because(model, pattern, linear, tied, exclude_modules)
-            raise ValueError(
-                f"target_modules has {pattern!r}, which matches no maskable weight{reason}. "
-                f"Maskable are {_short(allowed) or 'none'}. Correct the pattern, or leave "
-                "target_modules empty to take all of them."
-            )
-    chosen = {n: m for n, m in allowed.items() if not target_modules or _matches(n, target_modules)}
-    if not chosen:
-        raise ValueError(
-            f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of "
-            f"{len(linear)} linear weights, {len(tied)} are used in two places, and "
-            f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers "
-            "or exclude less."
-        )
-    _check_carriers(chosen)
-    return {name: module.weight for name, module in chosen.items()}
-
 # %% ../nbs/01_targets.ipynb #3e264dd8
 def _in_layers(model, linear, layers, target_modules, exclude_modules):
     "The linear modules of the chosen layers, without the excluded ones."
@@ -272,7 +241,7 @@ def _excluding(name, places, exclude_modules):
             return pattern
     return None
 
-
+# %% ../nbs/01_targets.ipynb #check-excluded
 def _check_excluded(linear, target_modules, exclude_modules):
     "Refuse patterns that are none, and exclusions that exclude nothing."
     for pattern in (*target_modules, *exclude_modules):
@@ -281,8 +250,7 @@ def _check_excluded(linear, target_modules, exclude_modules):
         if pattern not in DEFAULT_EXCLUDE and not _matches_any(pattern, linear):
             raise ValueError(
                 f"exclude_modules has {pattern!r}, which matches no linear weight, so it would "
-                "leave "
-                f"nothing whole. There are {_short(linear)}. Correct the pattern."
+                f"leave nothing whole. There are {_short(linear)}. Correct the pattern."
             )
 
 # %% ../nbs/01_targets.ipynb #ca118991
@@ -294,31 +262,7 @@ def _tied(model, linear):
     found = {own: set(group) - {own} for group in names.values() for own in group}
     return {name: min(found[name]) for name in linear if found.get(name)}
 
-
-def _check_carriers(linear):
-    "Refuse, by name, a weight that cannot carry a mask."
-    for name, module in linear.items():
-        if reason := _refusal(module):
-            raise ValueError(
-                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
-                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
-            )
-
-
-def check_maskable(
-    model: nn.Module,  # without a mask
-    names: Iterable[str],  # dotted names of linear weights
-) -> None:
-    "Refuse, by name, weights that cannot carry a mask, or that two places share."
-    linear = {name: module for name, module in linear_modules(model).items() if name in names}
-    _check_carriers(linear)
-    for name, other in _tied(model, linear).items():
-        raise ValueError(
-            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
-            "in which they are apart."
-        )
-
-# %% ../nbs/01_targets.ipynb #2297cb40
+# %% ../nbs/01_targets.ipynb #check-carriers
 def _refusal(module):
     "Why the weight of a linear module cannot carry a mask; None where it can."
     weight = module._parameters.get("weight")
@@ -343,6 +287,93 @@ def _refusal(module):
         kind = str(weight.dtype).removeprefix("torch.")
         return f"is quantized, stored as {kind}. Load it as it was before"
     return None
+
+
+def _check_carriers(linear):
+    "Refuse, by name, a weight that cannot carry a mask."
+    for name, module in linear.items():
+        if reason := _refusal(module):
+            raise ValueError(
+                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
+                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
+            )
+
+# %% ../nbs/01_targets.ipynb #check-maskable
+def check_maskable(
+    model: nn.Module,  # without a mask
+    names: Iterable[str],  # dotted names of linear weights
+) -> None:
+    "Refuse, by name, weights that cannot carry a mask, or that two places share."
+    linear = {name: module for name, module in linear_modules(model).items() if name in names}
+    _check_carriers(linear)
+    for name, other in _tied(model, linear).items():
+        raise ValueError(
+            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
+            "in which they are apart."
+        )
+
+# %% ../nbs/01_targets.ipynb #8569affa
+def maskable_weights(
+    model: nn.Module,  # any module with linear layers
+    layers: str | Iterable[int] = "middle",  # layer numbers, "middle" (third) or "all"
+    target_modules: Iterable[
+        str
+    ] = (),  # regular expressions; a name must match one; none: all names
+    exclude_modules: Iterable[str] = DEFAULT_EXCLUDE,  # regular expressions; a name must match none
+) -> dict[str, nn.Parameter]:  # weight matrices by dotted name, in the model's order
+    "The weight matrices that a mask may touch; ValueError when a layer or a pattern fits nothing."
+    target_modules, exclude_modules = tuple(target_modules), tuple(exclude_modules)
+    layers = layers if isinstance(layers, str) else tuple(layers)
+    linear = linear_modules(model)
+    _check_excluded(linear, target_modules, exclude_modules)
+    tied = _tied(model, linear)
+    inside = _in_layers(model, linear, layers, target_modules, exclude_modules)
+    allowed = {n: m for n, m in inside.items() if n not in tied}
+    for pattern in target_modules:
+        if not _matches_any(pattern, allowed):
+            reason = _because(model, pattern, linear, tied, exclude_modules)
+            raise ValueError(_unmatched(pattern, reason, allowed))
+    chosen = {n: m for n, m in allowed.items() if not target_modules or _matches(n, target_modules)}
+    if not chosen:
+        raise ValueError(_nothing_left(model, layers, linear, tied, exclude_modules))
+    _check_carriers(chosen)
+    return {name: module.weight for name, module in chosen.items()}
+
+# %% ../nbs/01_targets.ipynb #33126a1a
+def _because(model, pattern, linear, tied, exclude_modules):
+    "Why the first weight that a pattern matches is left whole, for a message."
+    names = dict(model.named_parameters(remove_duplicate=False)) | linear
+    name = next((name for name in names if re.search(pattern, name)), None)
+    if name is None:
+        return ""
+    if name in tied:
+        return f": {name!r} is one tensor with {tied[name]!r}, and zeros would appear in both"
+    if name not in linear:
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        return f": {name!r} belongs to {owner} and is no weight of a linear module"
+    places = _layer_places(model, linear, exclude_modules)
+    if excluded := _excluding(name, places, exclude_modules):
+        return f": {name!r} is left whole by {excluded!r} in exclude_modules"
+    return f": {name!r} lies outside the chosen layers"
+
+# %% ../nbs/01_targets.ipynb #choice-messages
+def _unmatched(pattern, reason, allowed):
+    "The message for a pattern that matches nothing maskable."
+    return (
+        f"target_modules has {pattern!r}, which matches no maskable weight{reason}. "
+        f"Maskable are {_short(allowed) or 'none'}. Correct the pattern, or leave "
+        "target_modules empty to take all of them."
+    )
+
+
+def _nothing_left(model, layers, linear, tied, exclude_modules):
+    "The message for a choice in which nothing is maskable."
+    return (
+        f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of "
+        f"{len(linear)} linear weights, {len(tied)} are used in two places, and "
+        f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers "
+        "or exclude less."
+    )
 
 # %% ../nbs/01_targets.ipynb #unreached-code
 def unreached_weights(
@@ -433,20 +464,3 @@ def _heads_around(model, name):
             if isinstance(getattr(attention, field, None), int):
                 return getattr(attention, field)
     return getattr(getattr(model, "config", None), "num_attention_heads", 0)
-
-# %% ../nbs/01_targets.ipynb #33126a1a
-def _because(model, pattern, linear, tied, exclude_modules):
-    "Why the first weight that a pattern matches is left whole, for a message."
-    names = dict(model.named_parameters(remove_duplicate=False)) | linear
-    name = next((name for name in names if re.search(pattern, name)), None)
-    if name is None:
-        return ""
-    if name in tied:
-        return f": {name!r} is one tensor with {tied[name]!r}, and zeros would appear in both"
-    if name not in linear:
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        return f": {name!r} belongs to {owner} and is no weight of a linear module"
-    places = _layer_places(model, linear, exclude_modules)
-    if excluded := _excluding(name, places, exclude_modules):
-        return f": {name!r} is left whole by {excluded!r} in exclude_modules"
-    return f": {name!r} lies outside the chosen layers"

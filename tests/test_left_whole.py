@@ -1,6 +1,10 @@
 """What a mask leaves as it was: other parametrizations, earlier files, the base after a fault."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mft_nb.bitmask import BitMask
+from mft_nb.files import remove_parts, whole, write_whole
 from mft_nb.freeze import dropout_rates
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.mask_file import save_mask
@@ -228,3 +233,85 @@ def test_what_was_changed_by_hand_is_named_and_stays():
     with pytest.warns(UserWarning, match="classifier.bias changed .* stay as they are"):
         model = mft.unload()
     assert torch.equal(model.classifier.bias, tiny_bert().classifier.bias + 1)
+
+
+def old_run(place):
+    """A folder with one file in it."""
+    write_whole(place / "run" / "old.txt", "old")
+    return place / "run"
+
+
+def replaced_by(run):
+    """Replace a folder by another."""
+    with whole(run) as part:
+        write_whole(part / "new.txt", "new")
+
+
+def holds(place):
+    """All files below a folder, with what they hold."""
+    found = (path for path in place.rglob("*") if path.is_file())
+    return {str(path.relative_to(place)): path.read_text() for path in found}
+
+
+def test_a_block_that_writes_nothing_leaves_the_old_folder(tmp_path):
+    run = old_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Nothing was written .* is as it was"):
+        with whole(run):
+            pass
+    assert holds(tmp_path) == {"run/old.txt": "old"}
+
+
+@pytest.mark.parametrize("fault", [OSError, KeyboardInterrupt])
+def test_a_fault_between_the_two_moves_puts_the_old_folder_back(fault, tmp_path, monkeypatch):
+    run, real = old_run(tmp_path), os.replace
+
+    def faulty(source, target):
+        if Path(target) == run and Path(source).parent.name.startswith(".part-"):
+            raise fault("no move")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", faulty)
+    with pytest.raises(fault, match="no move"):
+        replaced_by(run)
+    assert holds(tmp_path) == {"run/old.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def killed_between_the_moves(run):
+    """Replace a folder in a process that ends, without any clean-up, after the first move."""
+    program = (
+        "import os, sys\n"
+        "from mft_nb.files import whole\n"
+        "real = os.replace\n"
+        "def replace(source, target):\n"
+        "    real(source, target)\n"
+        "    if str(source) == sys.argv[1]: os._exit(9)\n"
+        "os.replace = replace\n"
+        "with whole(sys.argv[1]) as part:\n"
+        "    part.mkdir()\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program, str(run)], cwd=root)
+    assert done.returncode == 9 and not run.exists()
+
+
+@pytest.mark.parametrize("way", ["remove_parts", "next call"])
+def test_a_folder_of_which_the_process_was_killed_between_the_moves_comes_back(way, tmp_path):
+    run = old_run(tmp_path)
+    killed_between_the_moves(run)
+    if way == "remove_parts":
+        remove_parts(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    else:
+        with pytest.raises(FileNotFoundError, match="Nothing was written"), whole(run):
+            assert (run / "old.txt").read_text() == "old"
+    assert (run / "old.txt").read_text() == "old"
+
+
+def test_an_old_folder_does_not_come_back_over_its_successor(tmp_path):
+    run = old_run(tmp_path)
+    killed_between_the_moves(run)
+    write_whole(run / "third.txt", "third")
+    remove_parts(tmp_path)
+    assert holds(tmp_path) == {"run/third.txt": "third"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import shutil
 import threading
 from functools import partial
@@ -47,6 +48,7 @@ TREATED = {
 @pytest.fixture(scope="module")
 def explorer():
     """The build step as a module."""
+    sys.path.insert(0, str(ROOT / "tools"))  # as where Python runs the file
     place = importlib.util.spec_from_file_location("explorer", ROOT / "tools" / "explorer.py")
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mft_nb.switch
 from mft_nb.bitmask import AppliedMask, BitMask, magnitude_mask, random_mask
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
@@ -539,3 +540,47 @@ def test_an_applied_mask_and_another_thread_do_not_mix_their_zeros():
     _, (applied,) = in_a_thread(lambda: AppliedMask(layer, other))
     applied.undo()
     assert same_bits(state(layer), before)
+
+
+@pytest.mark.parametrize("name", ["half", None])
+def test_a_mask_is_not_removed_in_the_middle_of_a_switch(name, monkeypatch):
+    layer, before, mask = layer_with_switch()
+    switch, step, removals = MaskSwitch.of(layer), MaskSwitch._switch, []
+    if name:
+        switch.use(None)
+
+    def meanwhile_removed(self, *arguments):
+        if not removals:
+            removals.append(in_a_thread(lambda: switch.remove("half")))
+        step(self, *arguments)
+
+    monkeypatch.setattr(MaskSwitch, "_switch", meanwhile_removed)
+    with switch.using(name):  # to 'half', or from it and back
+        thread, found = removals[0]
+        thread.join(10)
+        assert isinstance(found[0], ValueError) and "is in force, or will be" in str(found[0])
+        assert switch.names == ["half"] and switch.active == name
+    switch.use(None)
+    assert torch.equal(layer.weight, before)
+
+
+def test_two_threads_cannot_add_two_masks_under_one_name(monkeypatch):
+    layer, check, both = torch.nn.Linear(6, 4), mft_nb.switch.check_same_shapes, []
+    switch, meeting = MaskSwitch(layer), threading.Barrier(2, timeout=10)
+
+    def meet(*arguments):
+        meeting.wait()
+        check(*arguments)
+
+    monkeypatch.setattr(mft_nb.switch, "check_same_shapes", meet)
+    masks = [random_mask({"weight": layer.weight}, 0.5, seed) for seed in (0, 1)]
+    for mask in masks:
+        both.append(in_a_thread(lambda mask=mask: switch.add("one", mask)))
+    for thread, _ in both:
+        thread.join(10)
+    results = [found for _, (found,) in both]
+    assert results.count(None) == 1  # the other is refused
+    assert "not taken yet" in str(results[results[0] is None])
+    switch.use("one")
+    assert torch.equal(layer.weight == 0, ~masks[results.index(None)]["weight"])
+    switch.use(None)

@@ -4,18 +4,17 @@ import base64
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 import zlib
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from npm_packages import fetch_package
 
 from mft_nb.bitmask import BitMask
-from mft_nb.files import cache_folder, fetch_archive, whole
+from mft_nb.files import fetch_archive
 from mft_nb.mask_file import load_mask
 from mft_nb.study.datasets import SNIPPETS, load_snippets
 from mft_nb.study.names import (
@@ -82,28 +81,6 @@ def fetch_libraries():
         libraries[Path(BUNDLES[package]).name] = bundle
         licences[f"{package} {version}"] = licence
     return libraries, licences
-
-
-def fetch_package(package, version):
-    """The archive of one exact version of an npm package; npm checks what it fetches."""
-    target = cache_folder() / "npm" / f"{package.replace('/', '+')}-{version}.tgz"
-    if target.exists():
-        return target
-    npm = shutil.which("npm")
-    if not npm:
-        raise FileNotFoundError("there is no npm to fetch its libraries. Install Node.js.")
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", f"{package}@{version}", "--silent", "--ignore-scripts"]
-        command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-        files = list(Path(scratch).glob("*.tgz"))
-        if done.returncode or len(files) != 1:
-            raise FileNotFoundError(
-                f"npm could not fetch {package} {version}. Connect to its registry once."
-            )
-        with whole(target) as part:
-            shutil.copyfile(files[0], part)
-    return target
 
 
 def snippets_licence():

@@ -1,0 +1,100 @@
+"""Pictures of the site: files of their own, and the study's figures as SVG."""
+
+import base64
+import hashlib
+import re
+from html import unescape
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageFilter, ImageStat
+
+PAPER = 250  # grey values from which a pixel is margin
+BLUR = 4  # pixels; what is left is where things are, not how letters were drawn
+SAME = 4.5  # mean difference of grey values, of 255, up to which two pictures are the same
+CLEAR = 1.5  # how many times farther away the next figure must be
+NATURAL = 100  # dots per inch at which a picture is shown pixel by pixel
+
+
+def ink(image):
+    """A picture on white, without its margins, and blurred."""
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    box = paper.convert("L").point(lambda grey: 255 if grey < PAPER else 0).getbbox()
+    return paper.convert("RGB").crop(box) if box else paper.convert("RGB")
+
+
+def distance(one, other):
+    """How far two pictures are apart, in grey values; None where their shapes differ."""
+    height = other.height * one.width / other.width
+    if abs(height - one.height) > 0.02 * one.height:
+        return None
+    blur = ImageFilter.GaussianBlur(BLUR)
+    resized = other.resize(one.size, Image.Resampling.LANCZOS)
+    difference = ImageChops.difference(one.filter(blur), resized.filter(blur))
+    return sum(ImageStat.Stat(difference).mean) / 3
+
+
+def headline(svg):
+    """The title of a figure of matplotlib, whose texts stand in comments: what is drawn bold."""
+    blocks = re.findall(r'<g id="text_\d+">\s*((?:<!--.*?-->.*?)+?)(?=<g id="|\Z)', svg, flags=re.S)
+    bold = [block for block in blocks if "-Bold-" in block]
+    lines = [line for block in bold for line in re.findall(r"<!--(.*?)-->", block, flags=re.S)]
+    words = [line.strip() for line in lines if re.search("[A-Za-z]{3}", line)]  # not: ← −6.3
+    return unescape(" ".join(words))
+
+
+class Pictures:
+    """Puts pictures into a folder of the site, each once."""
+
+    def __init__(self, folder, figures):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drawn = [path for path in sorted(Path(figures).glob("*.png"))]
+        self.drawn = {
+            path.with_suffix(".svg"): ink(Image.open(path))
+            for path in drawn
+            if path.with_suffix(".svg").exists()
+        }
+        self.placed = {}  # what became of a picture: file, width, height, title
+
+    def drawing_of(self, image):
+        """The figure in `figures/` that a picture of a notebook shows, if it clearly is one."""
+        shown = ink(image)
+        near = []
+        for path, drawn in self.drawn.items():
+            away = distance(shown, drawn)
+            if away is not None:
+                near.append((away, path))
+        near.sort()
+        if not near or near[0][0] > SAME:
+            return None
+        clear = len(near) == 1 or near[1][0] >= CLEAR * near[0][0]
+        return near[0][1] if clear else None
+
+    def store(self, content):
+        """Write a PNG, or the figure that it shows, into the folder."""
+        image = Image.open(BytesIO(content))
+        scale = min(1, NATURAL / image.info.get("dpi", (NATURAL,))[0])
+        size = (round(image.width * scale), round(image.height * scale))
+        drawing = self.drawing_of(image)
+        if drawing is None:
+            name = hashlib.sha256(content).hexdigest()[:12] + ".png"
+            (self.folder / name).write_bytes(content)
+            return name, *size, ""
+        svg = drawing.read_text(encoding="utf-8")
+        (self.folder / drawing.name).write_text(svg, encoding="utf-8")
+        wide, high = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+        return drawing.name, size[0], round(size[0] * high / wide), headline(svg)
+
+    def place(self, image, root):
+        """Point an `img` element to a file; gives the picture's title, where it is known."""
+        kind, _, text = image.get("src", "").partition(";base64,")
+        if kind != "data:image/png":
+            return ""
+        if text not in self.placed:
+            self.placed[text] = self.store(base64.b64decode(text))
+        name, width, height, title = self.placed[text]
+        image["src"] = f"{root}{self.folder.name}/{name}"
+        image["width"], image["height"] = str(width), str(height)
+        return title
