@@ -2,8 +2,8 @@
 
 import importlib.util
 import re
-import sys
 import shutil
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
