@@ -34,7 +34,10 @@ def _sums(scores, count, group):
         counts[is_sharded(score)].append(count(score))
     pieces = sum(counts[True]) if counts[True] else None
     if pieces is not None and group is not None:
+        place = next(local_part(score).device for score in scores if is_sharded(score))
+        pieces = pieces.to(place)  # where the group's backend can work: NCCL knows no CPU
         dist.all_reduce(pieces, group=group)
+        pieces = pieces.cpu()
     return sum(counts[False], 0 if pieces is None else pieces)
 
 # %% ../nbs/03_sharded.ipynb #group-code
@@ -109,7 +112,7 @@ class Threshold(Winners):
         mask, on_key = own > self.key, own == self.key
         group = _shard_group([scores])
         if quota and group is not None:  # the processes before this one keep theirs first
-            mine = on_key.sum().cpu()
+            mine = on_key.sum()
             counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
             dist.all_gather(counts, mine, group=group)
             quota -= int(sum(counts[: dist.get_rank(group)], torch.zeros_like(mine)))

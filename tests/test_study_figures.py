@@ -15,7 +15,7 @@ ROWS = 8  # with a name
 COLUMNS = 2  # of panels
 SEEN = 350  # pixels of width at which a figure must be read
 LETTER = 8  # pixels that the size of a letter must have there
-NEUTRAL = {"black", "white", GREY, "0.9"}  # of lines to compare with, rings and grids
+NEUTRAL = {"black", "white", GREY, "0.7", "0.9"}  # of lines to compare with, rings and grids
 
 
 @pytest.fixture(scope="module")
