@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .files import need_extra
 from .selection import count_kept, find_scope, kept_count
 from .sharded import is_sharded
-from .targets import WeightInfo, layer_names
+from .targets import WeightInfo, layer_names, layer_names_in
 
 # %% ../nbs/05_bitmask.ipynb #ce79d94a
 class BitMask(Mapping):
@@ -91,17 +91,16 @@ def density_by_tensor(self: BitMask) -> dict[str, float]:  # 0 to 1 for each nam
 @patch
 def density_by_layer(
     self: BitMask,
+    model: nn.Module | None = None,  # that it belongs to; without: layers as the names suggest
 ) -> dict[int | str | None, float]:  # 0 to 1 by the layer's number; None: outside the layers
     "Fraction kept in each layer; by its name where several stacks count their layers."
-    layers = {}
-    for name, layer in layer_names(self).items():
+    layers, found = {}, layer_names(self) if model is None else layer_names_in(model, self)
+    for name, layer in found.items():
         layers.setdefault(layer, {})[name] = self[name]
     numbers = {layer: layer and int(re.search(r"\d+$", layer)[0]) for layer in layers}
     several = len(set(numbers.values())) < len(layers)
-    return {
-        layer if several else numbers[layer]: BitMask(masks).density
-        for layer, masks in layers.items()
-    }
+    kept = {layer: BitMask(masks).density for layer, masks in layers.items()}
+    return kept if several else {numbers[layer]: density for layer, density in kept.items()}
 
 # %% ../nbs/05_bitmask.ipynb #d81b6a3f
 _STRIP, _MOST = (6, 96), 24  # blocks of a matrix in a picture, rows and columns; matrices
@@ -306,7 +305,7 @@ def top_k_mask(
     kind, members, found = find_scope(scope, keep), {}, {}
     infos = infos or {name: WeightInfo(name, tuple(s.shape)) for name, s in scores.items()}
     units = {name: kind.units(infos[name]) for name in scores}
-    for name, key in kind.groups(scores).items():
+    for name, key in kind.groups({name: infos[name] for name in scores}).items():
         members.setdefault(key, []).append(name)
     for names in members.values():
         ranked = [units[n].collect(scores[n].detach()) if units[n] else scores[n] for n in names]
@@ -398,18 +397,17 @@ def hold(
     weights: Iterable[Tensor],  # parameters
     holder: Any,  # what is going to set parts of them to zero
 ) -> None:
-    "Note who sets weights to zero; RuntimeError where another thread has done so."
-    me = threading.get_ident()
+    "Note who sets weights to zero; RuntimeError where another thread, not ended, has done so."
+    others = {one.ident for one in threading.enumerate()} - {threading.get_ident(), None}
     with _HOLDERS_LOCK:
         weights = list(weights)
         for weight in weights:
-            for other in holders_of(weight):
-                if getattr(other, "thread", me) != me:
-                    raise RuntimeError(
-                        "A mask of another thread is in force on the same weights, and each would "
-                        "get the other's zeros. Give each request a `with switch.using(name):` "
-                        "block of one MaskSwitch, which waits, or a model of its own."
-                    )
+            if others & {getattr(one, "thread", None) for one in holders_of(weight)}:
+                raise RuntimeError(
+                    "A mask of another thread is in force on the same weights, and each would "
+                    "get the other's zeros. Give each request a `with switch.using(name):` "
+                    "block of one MaskSwitch, which waits, or a model of its own."
+                )
         for weight in weights:
             _HOLDERS[weight] = [*_HOLDERS.get(weight, ()), weakref.ref(holder)]
 
@@ -420,15 +418,19 @@ def release(
 ) -> None:
     "Forget a holder; ValueError where a later one is on the same weights."
     with _HOLDERS_LOCK:
-        for name, weight in weights.items():
-            if holders_of(weight)[-1:] not in ([holder], []):
-                raise ValueError(
-                    f"A later mask is in force on the weight {name!r}, and its undo would put back "
-                    "zeros of this one. Undo the later one first."
-                )
+        _check_last(weights, holder)
         for weight in weights.values():
-            kept = [one for one in _HOLDERS.get(weight, ()) if one() is not holder]
-            _HOLDERS[weight] = kept
+            _HOLDERS[weight] = [one for one in _HOLDERS.get(weight, ()) if one() is not holder]
+
+
+def _check_last(weights, holder):
+    "Refuse weights on which there is a later holder."
+    for name, weight in weights.items():
+        if holder in holders_of(weight)[:-1]:
+            raise ValueError(
+                f"A later mask is in force on the weight {name!r}, and its undo would put back "
+                "zeros of this one. Undo the later one first."
+            )
 
 
 def holders_of(
@@ -493,21 +495,17 @@ class AppliedMask:
         self.weights = {name: weights[name] for name in mask}
         check_writable(self.weights)
         self.mask = BitMask({name: one.clone() for name, one in mask.items()})
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread().ident
         self._values = {}  # by name: what was set to zero, in row-major order
-        for name, zero in self._zeros():
-            self._values[name] = self.weights[name].data[zero]
-        hold(self.weights.values(), self)
+        hold(self.weights.values(), self)  # first: nobody else writes from here on
         try:
-            self._write_zeros()
+            self._values = {name: self.weights[name].data[zero] for name, zero in self._zeros()}
+            for name, zero in self._zeros():
+                self.weights[name].data[zero] = 0
+            torch.clear_autocast_cache()  # it holds copies of the weights of before
         except BaseException:  # Ctrl-C too
             self.undo()
             raise
-
-    def _write_zeros(self):
-        for name, zero in self._zeros():
-            self.weights[name].data[zero] = 0
-        torch.clear_autocast_cache()  # it holds copies of the weights of before
 
     def _zeros(self) -> Iterator[tuple[str, Tensor]]:
         "Where each matrix is set to zero, on the weight's device."
@@ -516,16 +514,16 @@ class AppliedMask:
 
     def undo(self) -> None:
         "Put the values back; a second call does nothing. ValueError under a later mask."
-        if not self._values:
-            return
-        release(self.weights, self)
-        for name, zero in self._zeros():
+        _check_last(self.weights, self)
+        for name, zero in self._zeros() if self._values else ():
             self.weights[name].data[zero] = self._values[name]
         torch.clear_autocast_cache()
+        release(self.weights, self)  # last: till then nobody else saves these zeros
         self._values = {}
 
     def __setstate__(self, state):  # a copy holds the weights of its own model
         self.__dict__.update(state)
+        self.thread = threading.current_thread().ident
         if self._values:
             hold(self.weights.values(), self)
 

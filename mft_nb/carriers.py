@@ -7,7 +7,6 @@ __all__ = ['choose_weights', 'check_model', 'check_weights']
 
 # %% ../nbs/11_carriers.ipynb #imports-carriers
 import re
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -30,20 +29,24 @@ def choose_weights(
     if targets:
         return list(maskable_weights(model, layers, targets, exclude))
     if scope.only:
-        return _matrices_of_scope(model, config, scope.only)
+        return _matrices_of_scope(model, config, scope)
     weights = maskable_weights(model, layers, (), exclude)
     warn_unreached(model, weights, layers, exclude)
     return list(weights)
 
 
-def _matrices_of_scope(model, config, only):
-    "Those of the maskable weights that a scope takes."
-    layers, exclude = config.layers, config.exclude_modules
-    found = [n for n in maskable_weights(model, layers, (), exclude) if re.search(only, n)]
-    if found:
-        return found
-    # asked for as a target: found outside of all layers, or refused with the names that there are
-    return list(maskable_weights(model, layers, (only,), exclude))
+def _matrices_of_scope(model, config, scope):
+    "Those of the maskable weights that a scope takes; at first those in layers."
+    for targets in ((), (".",)):  # with a pattern, layers="all" takes what lies outside of them too
+        asked = (config.layers, targets, config.exclude_modules)
+        maskable = list(maskable_weights(model, *asked))
+        if found := [name for name in maskable if re.search(scope.only, name)]:
+            return found
+    raise ValueError(
+        f"scope is {config.scope!r}, which takes matrices by their names, and no maskable weight "
+        f"has such a name: {', '.join(maskable[:3])}{', ...' if len(maskable) > 3 else ''}. Choose "
+        "another scope or other layers, or name the matrices in target_modules."
+    )
 
 # %% ../nbs/11_carriers.ipynb #ff8a0fe7
 _WRAPPERS = {  # class that gives all names a prefix: how to get at what it wraps
@@ -152,10 +155,12 @@ def _refuse_shared_memory(parameters, chosen):
             start = parameter.data_ptr()
             end = start + length * parameter.element_size()
             places.append((str(parameter.device), start, end, name))
-    places.sort()
-    for (device, _, end, name), (other_device, start, _, other) in pairwise(places):
-        if device == other_device and start < end and {name, other} & chosen:
+    furthest = {}  # by device: the end that lies furthest so far, and whose it is
+    for device, start, end, name in sorted(places):
+        reach, other = furthest.get(device, (start, name))
+        if start < reach and {name, other} & chosen:
             raise ValueError(
-                f"The parameters {name!r} and {other!r} lie in one memory, so a mask on one would "
+                f"The parameters {other!r} and {name!r} lie in one memory, so a mask on one would "
                 "prune the other. Make them one parameter, or give one a copy of its own."
             )
+        furthest[device] = max((reach, other), (end, name))

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .selection import check_keep, check_schedule, find_scope
-from .targets import DEFAULT_EXCLUDE, check_pattern
+from .targets import DEFAULT_EXCLUDE, check_layers, check_patterns
 
 # %% ../nbs/09_config.ipynb #f118377a
 def check_number(
@@ -79,11 +79,10 @@ def _normalise(config):
     # a frozen dataclass refuses `config.name = value`, from its own code too
     for field in fields(config):
         object.__setattr__(config, field.name, _plain(getattr(config, field.name)))
-    for name in _PATTERNS:
-        if not isinstance(getattr(config, name), str | None):
-            object.__setattr__(config, name, tuple(getattr(config, name)))
-    if not isinstance(config.layers, str | int | None):
-        object.__setattr__(config, "layers", tuple(map(_plain, config.layers)))
+    for name in ("layers", *_PATTERNS):
+        values = getattr(config, name)
+        if isinstance(values, Iterable) and not isinstance(values, str):
+            object.__setattr__(config, name, tuple(map(_plain, values)))
 
 
 def _plain(value):
@@ -94,16 +93,8 @@ def _plain(value):
 def _check_kinds(config):
     "Refuse values of the wrong kind: one name or number where a list is due, and no bool."
     for name in _PATTERNS:
-        patterns = getattr(config, name)
-        if isinstance(patterns, str | None):
-            raise TypeError(f"{name} is {patterns!r}; give a list of regular expressions.")
-        for pattern in patterns:
-            check_pattern(pattern)
-    if isinstance(config.layers, int | None):
-        raise TypeError(
-            f"layers is {config.layers}; give layer numbers as a list such as [4, 5], 'middle' "
-            "or 'all'."
-        )
+        check_patterns(name, getattr(config, name))
+    check_layers(config.layers)
     if not isinstance(config.dropout, bool):
         raise TypeError(f"dropout is {config.dropout!r}; allowed are True and False.")
 

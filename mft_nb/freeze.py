@@ -48,16 +48,28 @@ class Frozen:
         dropout: bool = False,  # whether dropout stays as it is
     ):
         self.model = model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        trained = list(trained)
+        for name in trained:
+            if name not in parameters:
+                raise ValueError(
+                    f"trained has {name!r}, which is no parameter of the model; allowed are names "
+                    "that model.named_parameters() gives. Correct the name."
+                )
         self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self._replaced = []  # (module or config, attribute, value before)
         config = getattr(model, "config", None)
         if hasattr(config, "problem_type"):
             self._replaced.append((config, "problem_type", config.problem_type))
-        model.requires_grad_(False)
-        for name in trained:
-            model.get_parameter(name).requires_grad_(True)
-        if not dropout:
-            self._silence()
+        try:
+            model.requires_grad_(False)
+            for name in trained:
+                parameters[name].requires_grad_(True)
+            if not dropout:
+                self._silence()
+        except BaseException:  # Ctrl-C too
+            self.undo()
+            raise
 
     def _silence(self):
         "Set every dropout rate to 0."

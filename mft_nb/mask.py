@@ -113,7 +113,7 @@ def _make_scores(self: MFT, names):
     infos = describe_weights(self.model, names, config.heads)
     generator = torch.Generator().manual_seed(config.init_seed)
     absolute, groups, steps = config.ranking == "absolute", {}, StepCounter()
-    for name, key in scope.groups(names).items():
+    for name, key in scope.groups(infos).items():
         if key not in groups:
             groups[key] = ScoreGroup(
                 config.keep, scope, absolute, config.schedule, self._forward_pass, steps
@@ -367,11 +367,11 @@ def from_pretrained(
     mft = cls(model, config, saved.mask)
     try:
         mft._take_modules(modules)
-    except BaseException:
+        mft._rest.warn_of_difference(saved.rest, modules)
+    except BaseException:  # such as a warning that is made an error
         mft.unload()
         raise
     mft.trained_with = saved.training or training
-    mft._rest.warn_of_difference(saved.rest, modules)
     return mft
 
 # %% ../nbs/12_mask.ipynb #take-modules

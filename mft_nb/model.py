@@ -93,6 +93,7 @@ def load_classifier(
     finally:
         logging.set_verbosity(verbosity)
     _check_two_classes(config, source)
+    _check_encoder(model, loading["missing_keys"], source)
     if loading["missing_keys"]:
         if need_head:
             raise ValueError(
@@ -141,6 +142,17 @@ def _check_tokenizer(place):
         )
 
 
+def _check_encoder(model, missing, source):
+    "Refuse weights without a part of the encoder; a head, or a pooler, may be new."
+    encoder = f"{model.base_model_prefix}."
+    lost = sorted(one for one in missing if one.startswith(encoder) and "pooler" not in one)
+    if lost:
+        raise ValueError(
+            f"{source} lacks {len(lost)} weights of the encoder, such as {lost[0]}; only a head "
+            "may be missing. Save the whole model there, with model.save_pretrained."
+        )
+
+
 def _check_two_classes(config, source):
     "Refuse a classifier of other than two classes."
     if config.num_labels != 2:
@@ -160,7 +172,7 @@ def _reason(error):
             "its weights have other shapes than its config.json says; is num_labels or id2label "
             "there as the model was trained?"
         )
-    return lines[0]
+    return lines[0] if lines else type(error).__name__
 
 # %% ../nbs/16_model.ipynb #e785c865
 def fetch_model(

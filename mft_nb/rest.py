@@ -62,9 +62,16 @@ def trained_parameters(
                 f"modules_to_save has {pattern!r}, which matches no module. The model's parts are "
                 f"{some}. Correct the pattern."
             )
+        matched = {}
         for module in modules:
-            for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
-                found[name] = parameter
+            matched |= model.get_submodule(module).named_parameters(prefix=module)
+        if not matched:
+            raise ValueError(
+                f"modules_to_save has {pattern!r}, which matches only modules without parameters "
+                f"({', '.join(modules[:3])}), so there is nothing to train. Correct the pattern, "
+                "or leave it out."
+            )
+        found |= matched
     names = _by_first_name(model, found)
     for name in names:
         if name in set(masked):
@@ -159,10 +166,11 @@ def _is_kept(model, name):
 
 
 def _same(tensor, other):
-    "Whether two tensors are equal, NaN and all."
+    "Whether two tensors are equal bit for bit, as their hashes are; so NaN equals NaN."
     if tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False
-    return torch.equal(tensor.to(other.device).nan_to_num(0), other.nan_to_num(0))
+    first, second = (one.reshape(-1).view(torch.uint8) for one in (tensor, other))
+    return torch.equal(first.to(second.device), second)
 
 # %% ../nbs/10_rest.ipynb #rest-watch
 @patch

@@ -11,7 +11,7 @@ __all__ = ['SCOPES', 'kept_count', 'check_keep', 'Units', 'neuron_units', 'head_
 import math
 import re
 from abc import ABC
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
@@ -94,6 +94,9 @@ def head_units(
     return Units(info.shape, (info.heads, size, columns), (info.heads, 1, 1))
 
 # %% ../nbs/04_selection.ipynb #scope-base
+_DIGITS = 1e-6  # 1:3 is written as 0.333333
+
+
 class Scope(ABC):  # noqa: B024
     "Who competes with whom, which weights share a score, and who wins."
 
@@ -103,10 +106,10 @@ class Scope(ABC):  # noqa: B024
 
     def groups(
         self,
-        names: Iterable[str],  # of the chosen weights
+        infos: Mapping[str, WeightInfo],  # of the chosen weights, by name
     ) -> dict[str, str]:  # by name: a key that weights share if their scores compete
         "Who competes with whom."
-        return {name: name for name in names}
+        return {name: name for name in infos}
 
     def units(
         self,
@@ -130,7 +133,7 @@ class Scope(ABC):  # noqa: B024
         keep: float,  # fraction to keep, in (0, 1]
     ) -> None:
         "Refuse, with a ValueError, a fraction that does not go with the scope."
-        if self.fixed is not None and abs(check_keep(keep) - self.fixed) > 1e-9:
+        if self.fixed is not None and abs(check_keep(keep) - self.fixed) > _DIGITS:
             raise ValueError(
                 f"scope is {self.name!r}, which keeps {self.fixed:g} of the weights, but keep is "
                 f"{keep}. Give keep={self.fixed:g}."
@@ -148,8 +151,11 @@ class LayerScope(Scope):
 
     name = "layer"
 
-    def groups(self, names: Iterable[str]) -> dict[str, str]:
-        return {name: layer or name for name, layer in layer_names(names).items()}
+    def groups(self, infos: Mapping[str, WeightInfo]) -> dict[str, str]:
+        layers = {name: info.layer for name, info in infos.items()}
+        if None in layers.values():
+            layers = layer_names(infos)
+        return {name: layer or name for name, layer in layers.items()}
 
 
 class GlobalScope(Scope):
@@ -157,8 +163,8 @@ class GlobalScope(Scope):
 
     name = "global"
 
-    def groups(self, names: Iterable[str]) -> dict[str, str]:
-        return dict.fromkeys(names, "")
+    def groups(self, infos: Mapping[str, WeightInfo]) -> dict[str, str]:
+        return dict.fromkeys(infos, "")
 
 # %% ../nbs/04_selection.ipynb #scope-whole
 class NeuronScope(Scope):

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import warnings
 import weakref
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -40,7 +40,7 @@ class MaskSwitch:
         self.model = model
         # the masks that were added
         self._zeros = {}  # mask name -> {(weight name, piece): places}
-        self._shapes = {}  # weight name -> shape
+        self._shapes = {}  # mask name -> {weight name: shape}
         # what is in force
         self._active = None
         self._last = None  # the mask of a switch that did not end well, for a message
@@ -182,7 +182,7 @@ def add(
     with self._callers.lock:
         self._check_new(name)
         self._zeros[name] = places
-        self._shapes |= {weight: kept.shape for weight, kept in mask.items()}
+        self._shapes[name] = {weight: kept.shape for weight, kept in mask.items()}
 
 
 @patch
@@ -210,11 +210,12 @@ def _weights(self: MaskSwitch, names):
     "The weights of those names."
     self._check_model()
     parameters = dict(self.model.named_parameters())
+    shapes = ChainMap(*self._shapes.values())
     for name in names:
         weight = parameters.get(name)
         shape = None if weight is None else weight.shape
         replaced = weight is not self._held.get(name, weight)
-        if shape is None or shape != self._shapes.get(name, shape) or replaced:
+        if shape is None or shape != shapes.get(name, shape) or replaced:
             raise ValueError(
                 f"The weight {name!r} is gone, replaced, or has another shape than its mask. Make "
                 "a new MaskSwitch on the model as it is now."
@@ -477,7 +478,7 @@ def remove(
                 f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
                 "use(None) or leave the block first."
             )
-        del self._zeros[name]
+        del self._zeros[name], self._shapes[name]
 
 # %% ../nbs/13_switch.ipynb #load-code
 @patch

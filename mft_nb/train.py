@@ -14,6 +14,7 @@ need_extra("train", "mft_nb.train")
 # %% ../nbs/20_train.ipynb #imports-14_train
 import hashlib
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def predict(
     activations: KeptActivations | None = None,  # that hold all rows
 ) -> np.ndarray:  # logits, float32 (rows, classes), in the order of the rows
     "Logits for each sentence."
+    _check_some(rows)
     tokens = tokenise(rows, tokenizer, max_length)
     tokens = tokens.remove_columns([name for name in tokens.column_names if name == "labels"])
     check_fits(model, tokens)
@@ -152,12 +154,15 @@ def _arguments(folder, device, batch_size, **more):
 # %% ../nbs/20_train.ipynb #random-state
 @contextmanager
 def _same_random_state():
-    "Put torch's generator back afterwards: making a Trainer seeds it anew."
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+    "Put all generators back afterwards: making a Trainer seeds them anew."
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cards):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
 
 # %% ../nbs/20_train.ipynb #3327eb-1
 def _with_activations(model, collator, activations):
@@ -197,6 +202,7 @@ def check_fits(
             "in a loop of your own: after MFT(model, config), mft.trainable is what an optimizer "
             "gets."
         )
+    _check_some(tokens)
     highest = max(max(ids, default=0) for ids in tokens["input_ids"])
     known = getattr(model.get_input_embeddings(), "num_embeddings", highest + 1)
     if highest >= known:
@@ -212,6 +218,12 @@ def check_fits(
         )
 
 # %% ../nbs/20_train.ipynb #places-code
+def _check_some(rows):
+    "Refuse rows of which there are none."
+    if len(rows) == 0:
+        raise ValueError("rows is empty; give at least one sentence.")
+
+
 def _places(model):
     "How many tokens each table of learned positions takes."
     for name, module in model.named_modules():
@@ -476,7 +488,8 @@ def fit(
         options.setdefault("eval_every", max(1, -(-steps // 4)))
     if kept:
         options["activations"] = _keep_below(mft, tokenizer, rows, config, options)
-    options = {"measure": measure, "context": {"mask": mft.config.to_dict()}} | options
+    options = {"measure": measure} | options
+    options["context"] = (options.get("context") or {}) | {"mask": mft.config.to_dict()}
     history = train(mft.model, tokenizer, rows, config, **options)
     mft.trained_with = asdict(config)
     return history

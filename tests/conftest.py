@@ -6,6 +6,8 @@ LONGEST = (
     "test_study_experiment",
     "test_engine",
     "test_study_figures",
+    "test_site",
+    "test_site_explorer",
     "test_study_records",
     "test_frozen",
     "test_resume",

@@ -99,7 +99,7 @@ def _way_full(model, config):
 
 
 def _way_floor(model, config):
-    names = list(maskable_weights(model))
+    names = list(maskable_weights(model, config.layers))
     Frozen(model, trained=names)  # for good: without dropout, as ours
     return Trainee(model, [model.get_parameter(name) for name in names])
 
@@ -108,7 +108,7 @@ def _way_in_every_forward(by_sort):
     def make(model, config):
         Frozen(model)
         scores = []
-        for name in maskable_weights(model):
+        for name in maskable_weights(model, config.layers):
             module = model.get_submodule(name.removesuffix(".weight"))
             masked = _InEveryForward(module.weight, config.keep, by_sort)
             parametrize.register_parametrization(module, "weight", masked)
@@ -119,7 +119,7 @@ def _way_in_every_forward(by_sort):
 
 # %% ../../nbs/study/22_bench_ways.ipynb #e77a43-1
 def _way_lora(model, config):
-    names = list(maskable_weights(model))
+    names = list(maskable_weights(model, config.layers))
     Frozen(model)
     wrapped = add_lora(model, names)
     return Trainee(wrapped, [p for p in wrapped.parameters() if p.requires_grad])

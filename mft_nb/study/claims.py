@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.stats import sem, ttest_1samp
 from scipy.stats import t as student
 
-from ..stats import holm, p_text
+from ..stats import holm, p_text, points_text
 from .effects import against, constant_answer, knowledge_kept, read_inspections
 from .names import CHECKPOINT_NAMES
 from .records import MissingRecords
@@ -190,7 +190,7 @@ _REPORTED = (
     ),
     Claim(
         BERT_MFT,
-        "pruning 90 % is a catastrophe; here by our recipe",
+        "pruning 90 % is a catastrophe; here by a trained mask",
         "90.37 to 50.92 %",
         "90",
         "mft_recommended",
@@ -211,7 +211,16 @@ _REPORTED = (
 
 # %% ../../nbs/study/15_claims.ipynb #trained-code
 _AS_DESCRIBED = tuple(
-    Claim(BERT_MFT, text, number, checkpoint, "mft_seed", effect, keep, differs=_TRAINED)
+    Claim(
+        source=BERT_MFT,
+        text=text,
+        number=number,
+        checkpoint=checkpoint,
+        method="mft_seed",
+        effect=effect,
+        keep=keep,
+        differs=_TRAINED,
+    )
     for text, number, checkpoint, effect, keep in (
         ("MFT helps the untrained head", "49.54 to 53.78 %", "baseline", 0.0424, 0.9),
         ("MFT hurts the half-trained model", "77.98 to 65.71 %", "75", -0.1227, 0.9),
@@ -222,12 +231,20 @@ _AS_DESCRIBED = tuple(
 
 # %% ../../nbs/study/15_claims.ipynb #claims02
 _COMPUTED = tuple(
-    Claim(PROGRAM, text, number, checkpoint, "random", effect, keep)
-    for text, number, checkpoint, effect, keep in (
-        ("a random tenth helps the untrained head", "49.54 to 53.78 %", "baseline", 0.0424, 0.9),
-        ("a random tenth hurts the half-trained model", "77.98 to 65.71 %", "75", -0.1227, 0.9),
-        ("a random tenth hurts the converged model", "90.37 to 87.04 %", "90", -0.0333, 0.9),
-        ("90 % at random is a catastrophe", "90.37 to 50.92 %", "90", -0.3945, 0.1),
+    Claim(
+        source=PROGRAM,
+        text=f"{what} changes the {where} by {points_text(effect)} points",
+        number=number,
+        checkpoint=checkpoint,
+        method="random",
+        effect=effect,
+        keep=keep,
+    )
+    for what, where, number, checkpoint, effect, keep in (
+        ("a random tenth", "untrained head", "49.54 to 53.78 %", "baseline", 0.0424, 0.9),
+        ("a random tenth", "half-trained model", "77.98 to 65.71 %", "75", -0.1227, 0.9),
+        ("a random tenth", "converged model", "90.37 to 87.04 %", "90", -0.0333, 0.9),
+        ("90 % at random", "converged model", "90.37 to 50.92 %", "90", -0.3945, 0.1),
     )
 )
 
@@ -238,7 +255,16 @@ _GAINS = (
 )
 _README = "\u201csurpasses FFT (which overfits), LoRA, and mask baselines\u201d"
 _PUBLISHED = tuple(
-    Claim(PAPER, text, number, "90", method, 1, against=other, **_SIGN)
+    Claim(
+        source=PAPER,
+        text=text,
+        number=number,
+        checkpoint="90",
+        method=method,
+        effect=1,  # a gain
+        against=other,
+        **_SIGN,
+    )
     for text, number, method, other in (
         ("MFT improves a fully fine-tuned model", _GAINS, "mft_paper", "none"),
         ("MFT, our recipe: improves a fully fine-tuned model", _GAINS, "mft_recommended", "none"),

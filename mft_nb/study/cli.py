@@ -25,9 +25,20 @@ def print_results(
     published: str | Path | None = None,  # records to compare with
 ) -> None:
     "Print the table of a profile, its notes, and how far it agrees with published records."
-    from mft_nb.study.tables import results_frame, results_table, table_notes
+    from mft_nb.study.records import MissingRecords
+    from mft_nb.study.tables import results_frame, results_table, table_notes, table_runs
 
-    frame = results_frame(folder)
+    try:
+        frame = results_frame(folder)
+    except MissingRecords:
+        frame = None
+    if frame is None or table_runs(frame).empty:
+        there = ", ".join(_studies(Path(folder))) or "none"
+        print(
+            f"{folder} holds no run of the table (other studies with records: {there}), so no "
+            "table is printed; add table to --studies."
+        )
+        return
     with pd.option_context("display.width", 200, "display.max_columns", 20, "display.max_rows", 99):
         print(results_table(frame).to_string(index=False))
     print(table_notes(folder, frame), "p-values are not adjusted for their number.", sep="\n")
@@ -159,6 +170,7 @@ def mft_results(
     need_extra("train", "mft_results")
     from mft_nb.study.claims import ledger
     from mft_nb.study.effects import effects, effects_table
+    from mft_nb.study.records import MissingRecords
     from mft_nb.study.tables import results_frame
 
     status = grid_status(results)
@@ -173,7 +185,11 @@ def mft_results(
         print_results(folder)
         studies = [study for study in _studies(folder) if study != "inspections"]
         with pd.option_context("display.width", 200, "display.max_rows", 500):
-            table = effects_table(effects(results_frame(folder, tuple(studies))))
+            try:
+                table = effects_table(effects(results_frame(folder, tuple(studies))))
+            except MissingRecords as error:
+                print(error)
+                continue
             print(f"\n{profile}: effects of all runs over seeds")
             print(table.to_string(index=False))
             print(f"\n{profile}: claims of others")
@@ -186,18 +202,19 @@ def grid_status(
 ) -> pd.DataFrame:  # profile, study, only, seeds, runs, done; a row a part of the published grid
     "How much of the published grid has records."
     from mft_nb.study.plan import PUBLISHED, Workspace
-    from mft_nb.study.runner import missing_runs
 
+    here = Workspace("")  # whose records lie in results/
     rows = []
     for profile, parts in PUBLISHED.items():
         for part in parts:
             runs = part.runs(profile)
-            missing = missing_runs(runs, Workspace(str(Path(results).parent)))
+            files = [here.record(run).relative_to("results") for run in runs]
+            done = sum((Path(results) / file).exists() for file in files)
             limits = (*part.checkpoints, *part.methods, *(f"keeps {k:g}" for k in part.keeps))
             limits += tuple(v for v in part.variants if len(part.variants) == 1)
             row = {"profile": profile, "study": part.study, "only": ", ".join(limits)}
             row |= {"seeds": ", ".join(map(str, part.seeds)), "runs": len(runs)}
-            rows.append(row | {"done": len(runs) - len(missing)})
+            rows.append(row | {"done": done})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/24_cli.ipynb #studies-code

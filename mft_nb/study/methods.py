@@ -116,6 +116,11 @@ def treat(
         return random_mask(weights, run.keep, seed=run.seed), {}
     if run.method == "magnitude":
         return magnitude_mask(weights, run.keep), {}
+    if run.method not in ("gradient_all", "gradient_fastest", "importance"):
+        raise ValueError(
+            f"method is {run.method!r}, which treats no checkpoint; allowed are the methods and "
+            "controls of mft_nb.study.names. Give one of them, or add a branch to treat."
+        )
     rows = train_rows.select(range(min(len(train_rows), profile.gradient_rows)))
     find_gradient = shared.gradient if shared else mean_gradient
     gradients = find_gradient(model, tokenizer, rows, weights)

@@ -227,7 +227,8 @@ class Run:
     @property
     def name(self) -> str:  # also of its record
         "Such as seed0-90-mft_seed; with `keep` where it is not the table's, and the variant."
-        extra = "" if self.keep in (0.9, 1.0) else f"-keep{self.keep:g}"
+        usual = self.keep == 0.9 or (self.keep == 1.0 and self.method in _NO_KEEP)
+        extra = "" if usual else f"-keep{self.keep:g}"
         extra += f"-{self.variant}" if self.variant else ""
         return f"seed{self.seed}-{self.checkpoint}-{self.method}{extra}"
 

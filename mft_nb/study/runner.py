@@ -285,6 +285,8 @@ def run_missing(
     "Do every run of a plan that has no record yet."
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}.")
+    if not runs:
+        return 0
     profile = profile or get_profile(runs[0].profile)
     waiting = [*missing_seeds(runs, workspace), *missing_runs(runs, workspace)]
     if not waiting:

@@ -30,7 +30,7 @@ from mft_nb.stats import (
     wilson,
 )
 from .names import CHECKPOINT_NAMES, CONTROL_NAMES, METHOD_NAMES, RECIPE_OF
-from .records import read_predictions, read_records
+from .records import MissingRecords, read_predictions, read_records
 
 # %% ../../nbs/study/12_tables.ipynb #7c621174
 def results_frame(
@@ -57,6 +57,11 @@ def _read_frame(places, _here, _state):
     for record, right in zip(records, correct, strict=True):
         if record["asked"]["method"] == "none":
             bases[record["asked"]["seed"], record["asked"]["checkpoint"]] = right
+    if not records:
+        raise MissingRecords(
+            f"{places[0]} holds no evaluated run in {', '.join(one.name for one in places)}; "
+            "`mft_reproduce --studies table` makes those of the table."
+        )
     pairs = zip(records, correct, strict=True)
     frame = pd.DataFrame([_frame_row(record, right, bases) for record, right in pairs])
     methods = METHOD_NAMES | CONTROL_NAMES

@@ -436,7 +436,7 @@ def _agreement_title(pairs, ours):
     if mine.empty or (mine.fraction < 2 * mine.chance).any():
         return "What pairs of masks prune in common"
     if (mine.fraction < 0.5).all():
-        return "Two seeds agree beyond chance, yet most pruned weights differ"
+        return "Two seeds of our recipe agree beyond chance, yet mostly differ"
     return "Two seeds agree on most of the weights that they prune"
 
 # %% ../../../nbs/study/19_inside.ipynb #line-figure

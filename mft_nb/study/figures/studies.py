@@ -403,7 +403,7 @@ def _curves_title(frame, checkpoints):
         whole = by_seed.reindex(columns=list(CURVED)).dropna()
         best |= set(whole.idxmax(axis="columns")) or {None}
     if best == {OURS}:
-        return "With most weights pruned, our masks keep the most accuracy"
+        return "With most of two layers pruned, our masks keep most accuracy"
     return "Accuracy against the fraction of the weights that is pruned"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #abc9ab5a

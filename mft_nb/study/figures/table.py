@@ -88,7 +88,7 @@ def _front_title(frame):
     less = any(verdict(apart.loc["continued", one]) == "hurts" for one in weak)
     if not lifted:
         return "Accuracy of four treatments on three checkpoints"
-    end = "does less" if less else "does as much"
+    end = "does less" if less else "does about as much"
     return f"Trained masks lift weak models; continued fine-tuning {end}"
 
 # %% ../../../nbs/study/17_table_figures.ipynb #917f15be

@@ -1,0 +1,111 @@
+"""Loading and training, as a strict reader tried them."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from mft_nb import train
+from mft_nb.config import MaskConfig
+from mft_nb.mask import MFT
+from mft_nb.model import _reason, load_classifier
+
+ROWS = Dataset.from_dict({"sentence": ["a joy", "dull"] * 4, "label": [1, 0] * 4})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT with MiniLM's tokenizer, saved."""
+    place = tmp_path_factory.mktemp("models") / "mine"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(num_hidden_layers=3, **sizes)).save_pretrained(place)
+    load_classifier("minilm")[1].save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def without(folder):
+    """Leave out the weights whose name starts in some way, and put them back afterwards."""
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+
+    def leave_out(start):
+        left = {name: tensor for name, tensor in whole.items() if not name.startswith(start)}
+        assert len(left) < len(whole)
+        save_file(left, file, {"format": "pt"})
+
+    yield leave_out
+    save_file(whole, file, {"format": "pt"})
+
+
+def test_an_encoder_without_its_weights_is_refused(folder, without):
+    without("bert.encoder.layer.1.")
+    with pytest.raises(ValueError, match="lacks 16 weights of the encoder, such as bert.encoder"):
+        load_classifier(folder)
+
+
+@pytest.mark.parametrize("start", ("classifier", "bert.pooler"))
+def test_a_head_may_be_new(folder, without, start):
+    without(start)
+    assert load_classifier(folder)[0].config.num_labels == 2
+
+
+def test_an_error_without_a_message_has_a_reason():
+    assert _reason(OSError()) == "OSError"
+
+
+def test_no_rows_are_refused_by_name(folder):
+    model, tokenizer = load_classifier(folder)
+    with pytest.raises(ValueError, match="rows is empty; give at least one sentence"):
+        train.predict(model, tokenizer, ROWS.select([]))
+    with pytest.raises(ValueError, match="rows is empty; give at least one sentence"):
+        train.check_fits(model, Dataset.from_dict({"input_ids": [], "length": []}))
+
+
+def test_a_context_of_the_user_does_not_replace_the_settings_of_the_mask(folder, monkeypatch):
+    model, tokenizer = load_classifier(folder)
+    mft = MFT(model, MaskConfig.recommended())
+    seen = {}
+
+    def note(*_, context, **__):
+        seen.update(context)
+        return train.History()
+
+    monkeypatch.setattr(train, "train", note)
+    train.fit(mft, tokenizer, ROWS, context={"mine": 1})
+    assert seen == {"mine": 1, "mask": mft.config.to_dict()}
+
+
+def states():
+    """The states of the three generators, as plain values."""
+    of_numpy = np.random.get_state()[1].tolist()  # noqa: NPY002
+    return random.getstate(), of_numpy, torch.get_rng_state().tolist()
+
+
+def test_evaluation_leaves_every_generator_as_it_was(folder):
+    model, tokenizer = load_classifier(folder)
+    before = states()
+    train.predict(model, tokenizer, ROWS)
+    assert states() == before
+
+
+def test_the_generators_of_every_card_are_put_back(monkeypatch):
+    asked = []
+    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2)
+    monkeypatch.setattr(train.torch, "cuda", cuda)
+    fork = torch.random.fork_rng
+
+    def note(cards):
+        asked.extend(cards)
+        return fork(())
+
+    monkeypatch.setattr(train.torch.random, "fork_rng", note)
+    with train._same_random_state():
+        pass
+    assert asked == [0, 1]
