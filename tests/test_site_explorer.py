@@ -383,6 +383,18 @@ def test_nothing_is_wider_than_the_window(visit, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_the_reader_s_choice_of_dark_or_light_holds_here_too(visit):
+    page = visit(color_scheme="dark")
+    ground = "getComputedStyle(document.documentElement).getPropertyValue('--ground')"
+    dark = page.evaluate(ground)
+    page.evaluate("toggleTheme()")
+    light = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.evaluate(ground) == light
+
+
 def test_it_works_by_http_and_asks_no_other_host(visit, folder):
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=folder))

@@ -61,6 +61,7 @@ def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in PAGE_FILES:
         shutil.copyfile(PAGE / name, folder / name)
+    shutil.copyfile(PAGE.parent / "theme.js", folder / "theme.js")  # dark or light as on the site
     for name, content in libraries.items():
         (folder / name).write_bytes(content)
     texts = [f"{name}\n\n{text.strip()}\n" for name, text in licences.items()]
