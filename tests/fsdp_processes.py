@@ -12,7 +12,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
-from mft_nb.bitmask import AppliedMask, random_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import random_mask
 from mft_nb.mask import MFT
 from mft_nb.switch import MaskSwitch
 from mft_nb.targets import maskable_weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from mft_nb.bitmask import AppliedMask
+from mft_nb.applied import AppliedMask
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.model import load_classifier
 from mft_nb.study.datasets import load_snippets

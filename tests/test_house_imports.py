@@ -28,7 +28,7 @@ FIGURES = [name for name in MODULES if name.startswith("study.figures.")]
 
 
 def source(name):
-    """Where a module comes from: `nbs/05_bitmask.ipynb`."""
+    """Where a module comes from: `nbs/07_bitmask.ipynb`."""
     return re.search(r"nbs/\S+\.ipynb", MODULES[name].read_text()).group()
 
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from mft_nb.bitmask import AppliedMask, BitMask, fully_pruned, overlap, random_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import BitMask, fully_pruned, overlap, random_mask
+from mft_nb.fraction import check_schedule
 from mft_nb.mask import MFT
 from mft_nb.mask_file import load_mask, save_mask
+from mft_nb.scopes import head_units
 from mft_nb.scores import ScoreGroup, initial_scores
-from mft_nb.selection import TopK, check_schedule, head_units, top_k
 from mft_nb.targets import WeightInfo
+from mft_nb.topk import TopK, top_k
 from tests.strangers import Stack, bert, config
 
 

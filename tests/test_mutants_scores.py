@@ -6,8 +6,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from mft_nb.mask import MFT
+from mft_nb.scopes import find_scope, n_of_m_mask, neuron_units
 from mft_nb.scores import MaskedWeight, ScoreGroup, initial_scores
-from mft_nb.selection import find_scope, n_of_m_mask, neuron_units
 from mft_nb.targets import WeightInfo
 from tests.strangers import Stack, config
 from tests.test_mutants import drawn

@@ -26,9 +26,9 @@ QUIET = (
 ).split()
 KINDS = (  # of pages: front page, names, a finding, mathematics, a tutorial, a glossary, figures
     "index.html",
-    "09_config.html",
+    "15_config.html",
     "findings/controls.html",
-    "14_stats.html",
+    "21_stats.html",
     "tutorials/your_model.html",
     "glossary.html",
     "study/18_study_figures.html",
@@ -166,7 +166,7 @@ def test_names_lead_to_a_page_here(pages):
     assert not [address for address in names if urlsplit(address).netloc]
     links = [page.find("a", class_="name", string="MaskConfig") for page in pages.values()]
     targets = {link["href"] for link in links if link}
-    assert {"09_config.html#maskconfig", "../09_config.html#maskconfig", "#maskconfig"} == targets
+    assert {"15_config.html#maskconfig", "../15_config.html#maskconfig", "#maskconfig"} == targets
 
 
 def test_links_that_lead_nowhere_are_named(monkeypatch):
@@ -223,11 +223,11 @@ def test_a_function_and_a_method_have_a_table_of_parameters(pages):
     def table_after(page, name):
         return pages[page].find(id=name).find_next("table", class_="parameters")
 
-    rows = table_after("09_config.html", "check_number").select("tbody tr")
+    rows = table_after("15_config.html", "check_number").select("tbody tr")
     cells = [[cell.get_text() for cell in row.find_all("td")] for row in rows]
     assert cells[2] == ["low", "float", "", "lowest allowed value"]
     assert cells[4] == ["whole", "bool", "False", "whether only whole numbers are allowed"]
-    method = table_after("12_mask.html", "mft.save_pretrained")
+    method = table_after("18_mask.html", "mft.save_pretrained")
     assert method.tbody.tr.td.get_text() == "folder"
 
 
@@ -279,7 +279,7 @@ def test_search_finds_a_name_and_leads_to_it(root, visit):
     wanted = page.locator(".site-search-results a:first-child", has_text="MFT.save_pretrained")
     wanted.wait_for()
     page.keyboard.press("Enter")
-    page.wait_for_url("**/12_mask.html#mft.save_pretrained")
+    page.wait_for_url("**/18_mask.html#mft.save_pretrained")
     page.locator(".site-search input").fill("no such word anywhere")
     page.locator(".found-nothing", has_text="Nothing found").wait_for()
 
@@ -333,7 +333,7 @@ def test_a_table_that_scrolls_says_so_and_the_keyboard_reaches_it(visit, site):
 
 
 def test_mathematics_needs_no_network(visit, site):
-    page = visit(f"{site.as_uri()}/14_stats.html")
+    page = visit(f"{site.as_uri()}/21_stats.html")
     formulas = page.locator(".math").count()
     assert formulas > 20
     page.locator(".math .katex").nth(formulas - 1).wait_for(state="attached")
@@ -349,7 +349,7 @@ def test_dark_mode_is_kept(visit, server):
     light = page.evaluate(shade)
     page.locator(".theme-button").click()
     dark = page.evaluate(shade)
-    page.goto(f"{server}09_config.html")
+    page.goto(f"{server}15_config.html")
     assert page.evaluate(shade) == dark != light
 
 
@@ -359,7 +359,7 @@ def test_the_system_may_ask_for_dark_mode(visit, site):
 
 
 def test_the_first_tab_skips_the_menus(visit, site):
-    page = visit(f"{site.as_uri()}/09_config.html")
+    page = visit(f"{site.as_uri()}/15_config.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip-link"
     assert seen(page, ".skip-link")
@@ -385,7 +385,7 @@ def test_axe_finds_nothing_serious(path, visit, server):
     assert serious(visit(server + path)) == []
 
 
-@pytest.mark.parametrize("path", ["09_config.html", "findings/controls.html"])
+@pytest.mark.parametrize("path", ["15_config.html", "findings/controls.html"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 def test_axe_finds_nothing_serious_in_the_dark_with_search_open(path, size, visit, server):
     page = visit(server + path, size, "dark")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from mft_nb.bitmask import AppliedMask, overlap, random_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import overlap, random_mask
 from mft_nb.mask_file import check_base, load_mask, mask_sha256
 from mft_nb.model import fetch_model, load_classifier
 from mft_nb.study.datasets import load_snippets

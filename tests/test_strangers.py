@@ -4,6 +4,8 @@ import asyncio
 import copy
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent import futures
@@ -12,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from mft_nb.bitmask import AppliedMask, random_mask, top_k_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import random_mask, top_k_mask
 from mft_nb.mask import MFT
+from mft_nb.scopes import n_of_m_mask
 from mft_nb.scores import MaskedWeight, ScoreGroup
-from mft_nb.selection import n_of_m_mask
 from mft_nb.targets import maskable_weights
+from tests.outputs import ROOT
 from tests.strangers import (
     Stack,
     batch,
@@ -532,3 +536,43 @@ def test_the_penalty_by_hand(reduction, share):
     loss.backward()
     for score in mft.scores:
         assert torch.allclose(score.grad, 0.3 * share * score.detach().sign())
+
+
+def test_a_thread_that_evaluates_leaves_gradients_alone_and_the_trainer_counts_the_step():
+    mft = MFT(Stack(), config(keep=0.5, schedule=[(0, 1.0), (4, 0.5)]))
+    mft.model(torch.ones(2, 8)).sum().backward()
+    torch.optim.SGD(mft.scores, lr=0.0).zero_grad()  # a step that changed no score
+    assert steps_of(mft) == 0  # asked from another thread
+    assert mft.bitmask().density == 0.875
+    assert steps_of(mft) == 1
+
+
+WHILE_ANOTHER_THREAD_LOOKS = """
+import threading
+import torch
+from mft_nb.mask import MFT
+from tests.strangers import Stack, config
+
+torch.set_num_threads(1)
+mft, done = MFT(Stack(), config(keep=0.5, schedule=[(0, 1.0), (4000, 0.5)])), threading.Event()
+def look():
+    while not done.is_set():
+        mft.bitmask()
+other = threading.Thread(target=look)
+other.start()
+optimizer = torch.optim.SGD(mft.scores, lr=0.1)
+for _ in range(1500):
+    optimizer.zero_grad()
+    mft.model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+done.set()
+other.join()
+print(mft.bitmask().density)
+"""
+
+
+def test_a_thread_that_looks_all_the_time_does_not_crash_the_training():
+    given = [sys.executable, "-c", WHILE_ANOTHER_THREAD_LOOKS]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 0.8125  # 1,500 of 4,000 steps on the way from 1 to 0.5

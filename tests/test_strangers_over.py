@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mft_nb.bitmask import AppliedMask, random_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import random_mask
 from mft_nb.mask import MFT
 from mft_nb.targets import maskable_weights
 from tests.strangers import (

@@ -9,7 +9,7 @@ from torch import nn
 from mft_nb.bitmask import BitMask, magnitude_mask, random_mask
 from mft_nb.carriers import choose_weights
 from mft_nb.mask import MFT, MaskConfig
-from mft_nb.selection import find_scope
+from mft_nb.scopes import find_scope
 from mft_nb.targets import (
     describe_weights,
     find_layers,

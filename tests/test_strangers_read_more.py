@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import mft_nb.bitmask
-from mft_nb.bitmask import AppliedMask, BitMask, holders_of, random_mask
+import mft_nb.applied
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import BitMask, random_mask
 from mft_nb.freeze import Frozen
+from mft_nb.holders import holders_of
 from mft_nb.mask import MFT
 from mft_nb.switch import MaskSwitch
 from tests.strangers import Stack, bert, config, same, state
@@ -159,7 +161,7 @@ def in_a_thread(work):
 
 def test_zeros_of_another_thread_that_are_taken_off_before_a_mask_holds_are_not_saved(monkeypatch):
     layer, before, masks = layer_and_masks()
-    first, real = AppliedMask(layer, masks[0]), mft_nb.bitmask.hold
+    first, real = AppliedMask(layer, masks[0]), mft_nb.applied.hold
     meeting = threading.Barrier(2, timeout=20)
 
     def waiting(*arguments):
@@ -167,7 +169,7 @@ def test_zeros_of_another_thread_that_are_taken_off_before_a_mask_holds_are_not_
         meeting.wait()  # meanwhile the first mask is taken off
         real(*arguments)
 
-    monkeypatch.setattr(mft_nb.bitmask, "hold", waiting)
+    monkeypatch.setattr(mft_nb.applied, "hold", waiting)
     thread, found = in_a_thread(lambda: AppliedMask(layer, masks[1]))
     meeting.wait()
     first.undo()
@@ -179,7 +181,7 @@ def test_zeros_of_another_thread_that_are_taken_off_before_a_mask_holds_are_not_
 
 def test_a_mask_is_let_go_only_when_its_values_are_back(monkeypatch):
     layer, before, masks = layer_and_masks()
-    first, real, done = AppliedMask(layer, masks[0]), mft_nb.bitmask.release, []
+    first, real, done = AppliedMask(layer, masks[0]), mft_nb.applied.release, []
     meeting = threading.Barrier(2, timeout=20)
 
     def waiting(*arguments):
@@ -195,7 +197,7 @@ def test_a_mask_is_let_go_only_when_its_values_are_back(monkeypatch):
         meeting.wait()
         return applied
 
-    monkeypatch.setattr(mft_nb.bitmask, "release", waiting)
+    monkeypatch.setattr(mft_nb.applied, "release", waiting)
     thread, found = in_a_thread(other)
     first.undo()
     thread.join(20)

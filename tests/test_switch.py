@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import mft_nb.switch
-from mft_nb.bitmask import AppliedMask, BitMask, magnitude_mask, random_mask
+from mft_nb.applied import AppliedMask
+from mft_nb.bitmask import BitMask, magnitude_mask, random_mask
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
 from mft_nb.mask_file import save_mask

@@ -27,10 +27,10 @@ from torch.nn.utils import parametrize
 
 from ..activations import keep_activations
 from ..config import MaskConfig
+from ..fraction import kept_count
 from ..freeze import Frozen
 from ..mask import MFT
 from ..model import load_classifier
-from ..selection import kept_count
 from .controls import add_lora
 from ..survey import lowest_layer
 from ..targets import maskable_weights

@@ -23,10 +23,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..bitmask import BitMask
+from ..fraction import kept_count
 from ..freeze import Frozen
-from ..selection import kept_count, top_k
 from .gradient import toward_zero
 from ..targets import maskable_weights
+from ..topk import top_k
 from ..train import History, TrainConfig, train
 
 # %% ../../nbs/study/06_controls.ipynb #641d08bc

@@ -22,8 +22,9 @@ from transformers import DataCollatorWithPadding
 
 from ..bitmask import BitMask
 from ..data import check_rows, tokenise
+from ..fraction import kept_count
 from ..freeze import Frozen
-from ..selection import kept_count, top_k
+from ..topk import top_k
 
 # %% ../../nbs/study/05_gradient.ipynb #06dd8a20
 def toward_zero(

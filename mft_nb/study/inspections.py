@@ -20,7 +20,8 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from ..bitmask import AppliedMask, magnitude_mask, overlap, random_mask
+from ..applied import AppliedMask
+from ..bitmask import magnitude_mask, overlap, random_mask
 from ..config import MaskConfig
 from ..mask_file import load_mask
 from .controls import importance_mask

@@ -27,10 +27,11 @@ from transformers import DataCollatorWithPadding
 from ..bitmask import BitMask, magnitude_mask, random_mask
 from ..config import MaskConfig
 from ..data import check_rows, tokenise
+from ..fraction import check_keep, kept_count
 from ..mask import MFT
-from ..selection import check_keep, kept_count, top_k
 from .controls import importance_mask
 from .gradient import fastest_mask, mean_gradient, toward_zero
+from ..topk import top_k
 from ..train import TrainConfig
 
 # %% ../../nbs/study/07_landscape.ipynb #33904e5e

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ..fraction import check_keep
 from ..model import KNOWN_MODELS
-from ..selection import check_keep
 from .checkpoints import CHECKPOINTS
 from .controls import CONTROL_RATES
 from .names import CONTROL_NAMES, METHOD_NAMES, RECIPE_OF

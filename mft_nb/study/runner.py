@@ -36,7 +36,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/study/11_runner.ipynb #imports-own
-from ..bitmask import AppliedMask
+from ..applied import AppliedMask
 from ..config import split_settings
 from ..mask_file import save_mask
 from ..model import KNOWN_MODELS, load_classifier
