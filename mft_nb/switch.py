@@ -6,8 +6,6 @@
 __all__ = ['MaskSwitch']
 
 # %% ../nbs/20_switch.ipynb #imports-09_switc
-import asyncio
-import threading
 import warnings
 import weakref
 from collections import ChainMap
