@@ -11,6 +11,7 @@ OUT ?= reproduction
 JOBS ?= 0
 PRECISION ?=
 DATA ?=
+NAMES ?=
 
 # One thread a process: the numbers in notebooks and tests do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -56,10 +57,9 @@ test-oldest: ## the engine's tests on the lowest versions that settings.ini allo
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest --ignore-glob '*test_study_*' --ignore-glob '*test_house_*'
 
-notebooks: parts ## run every notebook and save its outputs
+notebooks: parts ## run every notebook, or NAMES, and save the outputs
 	$(BIN)/nbdev_export
-	$(ONE_THREAD) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.coalesce_streams=True $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
-	$(BIN)/nbdev_clean
+	$(ONE_THREAD) $(BIN)/python tools/notebooks.py $(NAMES)
 
 bench: parts ## measure what a step of MFT costs compared with other ways; adds a record to results/bench/
 	$(BIN)/mft_bench $(if $(DATA),--data "$(DATA)")

@@ -50,26 +50,22 @@ class AppliedMask:
         for name, weight in self.weights.items():
             yield name, ~self.mask[name].to(weight.device)
 
-    def undo(self) -> None:
-        "Put the values back; a second call does nothing. ValueError under a later mask."
-        check_last(self.weights, self)
-        for name, zero in self._zeros() if self._values else ():
-            self.weights[name].data[zero] = self._values[name]
-        torch.clear_autocast_cache()
-        release(self.weights, self)  # last: till then nobody else saves these zeros
-        self._values = {}
-
-    def __setstate__(self, state):  # a copy holds the weights of its own model
-        self.__dict__.update(state)
-        self.thread = threading.current_thread().ident
-        if self._values:
-            hold(self.weights.values(), self)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_):
         self.undo()
+
+# %% ../nbs/09_applied.ipynb #undo-code
+@patch
+def undo(self: AppliedMask) -> None:
+    "Put the values back; a second call does nothing. ValueError under a later mask."
+    check_last(self.weights, self)
+    for name, zero in self._zeros() if self._values else ():
+        self.weights[name].data[zero] = self._values[name]
+    torch.clear_autocast_cache()
+    release(self.weights, self)  # last: till then nobody else saves these zeros
+    self._values = {}
 
 # %% ../nbs/09_applied.ipynb #applied-more
 @patch
@@ -80,14 +76,14 @@ def base_weights(self: AppliedMask) -> dict[str, Tensor]:  # copies, by name
         found[name][zero] = self._values[name]
     return found
 
-
+# %% ../nbs/09_applied.ipynb #keep-code
 @patch
 def keep(self: AppliedMask) -> None:
     "Leave the zeros for good: there is nothing to undo any more."
     release(self.weights, self)
     self._values = {}
 
-
+# %% ../nbs/09_applied.ipynb #zeros-code
 @patch
 def check_zeros(self: AppliedMask) -> None:
     "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
@@ -99,3 +95,11 @@ def check_zeros(self: AppliedMask) -> None:
                 "the pruned weights the values of before; to train a pruned model and keep "
                 "it pruned, merge the mask first and hold the zeros in your own loop."
             )
+
+# %% ../nbs/09_applied.ipynb #copies-code
+@patch
+def __setstate__(self: AppliedMask, state):
+    self.__dict__.update(state)
+    self.thread = threading.current_thread().ident
+    if self._values:
+        hold(self.weights.values(), self)

@@ -20,9 +20,6 @@ from fastcore.basics import patch
 from .passes import calls_going_on, module_call
 
 # %% ../nbs/19_callers.ipynb #callers-who
-_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
-
-
 def who() -> asyncio.Task | threading.Thread:
     "The coroutine or the thread that is asking."
     with suppress(RuntimeError):  # no loop runs in this thread
@@ -36,7 +33,7 @@ class Block:
     "An open `using` block."
 
     who: Any  # a coroutine or a thread
-    thread: int
+    thread: int  # number of the thread
     before: str | None  # the mask to go back to
 
 
@@ -49,26 +46,33 @@ class Callers:
         self._running = defaultdict(list)  # by thread: calls of the model that go on
         self._asked = weakref.WeakKeyDictionary()  # by caller: the mask that it asked for by `use`
 
-    def note(
-        self,
-        name: str | None,  # of a mask; None: the base
-    ) -> None:
-        "Remember which mask the caller asked for by `use`."
-        self._asked[who()] = name
-        _ASKED.set((weakref.ref(self), name))
-
-    def asked(
-        self,
-        default: str | None,  # for a caller that has not asked
-    ) -> str | None:  # a mask; None: the base
-        "The mask that the caller, or the one who started its thread, asked for by `use`."
-        asked = _ASKED.get()
-        default = asked[1] if asked and asked[0]() is self else default
-        return self._asked.get(who(), default)
-
     def _going_on(self, thread):
         "Calls of the model in a thread, without those that Ctrl-C broke off."
         return calls_going_on(self._running[thread], thread)
+
+# %% ../nbs/19_callers.ipynb #asked-code
+_ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread
+
+
+@patch
+def note(
+    self: Callers,
+    name: str | None,  # of a mask; None: the base
+) -> None:
+    "Remember which mask the caller asked for by `use`."
+    self._asked[who()] = name
+    _ASKED.set((weakref.ref(self), name))
+
+
+@patch
+def asked(
+    self: Callers,
+    default: str | None,  # for a caller that has not asked
+) -> str | None:  # a mask; None: the base
+    "The mask that the caller, or the one who started its thread, asked for by `use`."
+    asked = _ASKED.get()
+    default = asked[1] if asked and asked[0]() is self else default
+    return self._asked.get(who(), default)
 
 # %% ../nbs/19_callers.ipynb #order-code
 @patch
@@ -100,31 +104,6 @@ def leave(self: Callers) -> None:
     self._running[me] = self._going_on(me)[:-1]
     self.lock.notify_all()
 
-# %% ../nbs/19_callers.ipynb #wait-code
-@patch
-def wait_for_turn(self: Callers) -> None:
-    "Wait until no other thread is in a block or in a forward pass; RuntimeError where it cannot."
-    me = threading.get_ident()
-    if self._going_on(me):
-        raise RuntimeError(
-            "The mask cannot be switched within a forward pass of the model. Switch before or "
-            "after it."
-        )
-
-    def free():
-        blocked = self.blocks and self.blocks[-1].thread != me
-        others = [thread for thread in self._running if thread != me]
-        return not blocked and not any(map(self._going_on, others))
-
-    while not self.lock.wait_for(free, timeout=0.2):
-        pass  # a pass that was broken off wakes nobody
-    if self.blocks and self.blocks[-1].who is not who():
-        raise RuntimeError(
-            "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
-            "for it would stop both. Do not await inside of a block, or give each coroutine a "
-            "model of its own."
-        )
-
 # %% ../nbs/19_callers.ipynb #leave-block
 @patch
 def open(
@@ -150,4 +129,29 @@ def close(
         raise RuntimeError(
             "A `using` block was left while one that was opened in it is still open, so what ran "
             "in it since had the mask of that one. Leave the inner block first."
+        )
+
+# %% ../nbs/19_callers.ipynb #wait-code
+@patch
+def wait_for_turn(self: Callers) -> None:
+    "Wait until no other thread is in a block or in a forward pass; RuntimeError where it cannot."
+    me = threading.get_ident()
+    if self._going_on(me):
+        raise RuntimeError(
+            "The mask cannot be switched within a forward pass of the model. Switch before or "
+            "after it."
+        )
+
+    def free():
+        blocked = self.blocks and self.blocks[-1].thread != me
+        others = [thread for thread in self._running if thread != me]
+        return not blocked and not any(map(self._going_on, others))
+
+    while not self.lock.wait_for(free, timeout=0.2):
+        pass  # a pass that was broken off wakes nobody
+    if self.blocks and self.blocks[-1].who is not who():
+        raise RuntimeError(
+            "Another coroutine of this thread is in a `with switch.using(...)` block, and waiting "
+            "for it would stop both. Do not await inside of a block, or give each coroutine a "
+            "model of its own."
         )

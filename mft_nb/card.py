@@ -77,7 +77,7 @@ def _result_table(result):
         rows.append(_accuracy_row("without the mask", result.before, result.total))
     return "\n".join([*rows, _accuracy_row("with the mask", result.after, result.total)])
 
-
+# %% ../nbs/29_card.ipynb #difference-code
 def _difference_text(result):
     "What can be said about the difference."
     if result.before is None:
@@ -216,9 +216,14 @@ def _check_repo(field, value):
     except ValueError as error:
         raise ValueError(f"{field} is {value!r}, which is no id on the hub: {error}") from None
 
-
-def _check_texts(data, split, license):
+# %% ../nbs/29_card.ipynb #check-texts
+def _check_texts(data, split, license, auto_class):
     "Refuse texts that would break the page or its front matter."
+    if not re.fullmatch(r"Auto(Model|Backbone)\w*", str(auto_class)):
+        raise ValueError(
+            f"auto_class is {auto_class!r}; allowed is the name of a class of transformers that "
+            "loads models, such as AutoModelForCausalLM."
+        )
     for field, value in (("data", data), ("split", split)):
         if not isinstance(value, str) or not value.strip() or "\n" in value:
             raise ValueError(f"{field} is {value!r}; allowed is one line of text. Name the data.")
@@ -228,10 +233,21 @@ def _check_texts(data, split, license):
             "apache-2.0, mit or other."
         )
 
-
+# %% ../nbs/29_card.ipynb #check-measured
 def _mask_file(mask):
     "The mask file, where its folder may be given instead."
     return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
+
+
+def _check_measured(saved: SavedMask, result: MaskResult):
+    "Refuse a record's result that another mask gave."
+    if not isinstance(result, MaskResult):
+        raise TypeError(f"result is {result!r}; allowed is a MaskResult. See paired_result.")
+    if result.mask_sha256 and result.mask_sha256 != mask_sha256(saved.mask):
+        raise ValueError(
+            "result is the record of another mask than this file holds. Give the record that was "
+            "written with it, or measure this one."
+        )
 
 # %% ../nbs/29_card.ipynb #4645ff84
 def mask_card(
@@ -248,16 +264,11 @@ def mask_card(
     auto_class: str = "AutoModelForSequenceClassification",  # of transformers, loads the base model
 ) -> ModelCard:  # `str(card)` is the README.md; `card.data` its front matter
     "The model card of a mask; ValueError where it would say something untrue."
-    if not re.fullmatch(r"Auto(Model|Backbone)\w*", str(auto_class)):
-        raise ValueError(
-            f"auto_class is {auto_class!r}; allowed is the name of a class of transformers that "
-            "loads models, such as AutoModelForCausalLM."
-        )
     _check_repo("repo_id", repo_id)
     _check_repo("base_model", base_model)
     if dataset is not None:
         _check_repo("dataset", dataset)
-    _check_texts(data, split, license)
+    _check_texts(data, split, license, auto_class)
     path = _mask_file(mask)
     saved = load_mask(path)
     _check_measured(saved, result)
@@ -265,17 +276,6 @@ def mask_card(
     front = _front_matter(repo_id, base_model, data, split, dataset, *about)
     page = _page(path, saved, repo_id, base_model, data, split, result, auto_class)
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{page}")
-
-
-def _check_measured(saved: SavedMask, result: MaskResult):
-    "Refuse a record's result that another mask gave."
-    if not isinstance(result, MaskResult):
-        raise TypeError(f"result is {result!r}; allowed is a MaskResult. See paired_result.")
-    if result.mask_sha256 and result.mask_sha256 != mask_sha256(saved.mask):
-        raise ValueError(
-            "result is the record of another mask than this file holds. Give the record that was "
-            "written with it, or measure this one."
-        )
 
 # %% ../nbs/29_card.ipynb #a0e4b8ac
 def write_card(

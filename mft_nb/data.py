@@ -32,6 +32,19 @@ def read_table(
             f"{path} ends in '{path.suffix}'; allowed are .tsv and .csv. Rename or convert the "
             "file."
         )
+    frame = _read_frame(path)
+    wanted = ["sentence", "label"]
+    missing = [name for name in wanted if name not in frame.columns]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {missing[0]!r}; its columns are {list(frame.columns)}. Its "
+            f"header line must name {' and '.join(wanted)}."
+        )
+    return _check_rows(frame[wanted], path)
+
+# %% ../nbs/22_data.ipynb #frame-code
+def _read_frame(path):
+    "The file as a table of texts; ValueError where it is no table."
     options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", **options)
@@ -44,15 +57,7 @@ def read_table(
         raise ValueError(
             f"{path} cannot be read as a UTF-8 table with a header line: {error}"
         ) from None
-    wanted = ["sentence", "label"]
-    missing = [name for name in wanted if name not in frame.columns]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {missing[0]!r}; its columns are {list(frame.columns)}. Its "
-            "header line must "
-            f"name {' and '.join(wanted)}."
-        )
-    return _check_rows(frame[wanted], path)
+    return frame
 
 # %% ../nbs/22_data.ipynb #acfa258c
 def _check_rows(frame, path):
@@ -69,8 +74,7 @@ def _check_rows(frame, path):
         value = frame["label"].iloc[wrong[0]]
         raise ValueError(
             f"{path}: row {wrong[0] + 1} has label {value!r}; allowed are 0 (negative) and 1 "
-            "(positive). "
-            "Correct the label or remove the row."
+            "(positive). Correct the label or remove the row."
         )
     return frame.assign(label=frame["label"].astype(int))
 

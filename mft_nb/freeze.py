@@ -48,44 +48,29 @@ class Frozen:
         dropout: bool = False,  # whether dropout stays as it is
     ):
         self.model = model
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        trained = list(trained)
-        for name in trained:
-            if name not in parameters:
-                raise ValueError(
-                    f"trained has {name!r}, which is no parameter of the model; allowed are names "
-                    "that model.named_parameters() gives. Correct the name."
-                )
         self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self._replaced = []  # (module or config, attribute, value before)
+        trained = _named(model, trained)
         config = getattr(model, "config", None)
-        if hasattr(config, "problem_type"):
+        if hasattr(config, "problem_type"):  # a first loss would write it
             self._replaced.append((config, "problem_type", config.problem_type))
         try:
             model.requires_grad_(False)
-            for name in trained:
-                parameters[name].requires_grad_(True)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             if not dropout:
                 self._silence()
         except BaseException:  # Ctrl-C too
             self.undo()
             raise
 
-    def _silence(self):
-        "Set every dropout rate to 0."
-        silent = {}  # by identity of a config: its copy
-        for module in self.model.modules():
-            rates = dropout_rates(module)
-            if any(name.startswith("config.") for name in rates):
-                own = module.config
-                silent.setdefault(id(own), _without_dropout(own))
-                self._replace(module, "config", silent[id(own)])
-            for name in rates.keys() & vars(module).keys():
-                self._replace(module, name, 0.0)
-
-    def _replace(self, module, name, value):
-        self._replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    def undo(self) -> None:
+        "Put everything back; what came into the model since is left as it is."
+        for owner, name, value in self._replaced:
+            setattr(owner, name, value)
+        self._replaced = []
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
 
     def __enter__(self) -> Self:
         return self
@@ -93,15 +78,39 @@ class Frozen:
     def __exit__(self, *_):
         self.undo()
 
-# %% ../nbs/02_freeze.ipynb #undo-code
+# %% ../nbs/02_freeze.ipynb #named-code
+def _named(model, names):
+    "The parameters with these names."
+    parameters, found = dict(model.named_parameters(remove_duplicate=False)), []
+    for name in names:
+        if name not in parameters:
+            raise ValueError(
+                f"trained has {name!r}, which is no parameter of the model; allowed are names "
+                "that model.named_parameters() gives. Correct the name."
+            )
+        found.append(parameters[name])
+    return found
+
+# %% ../nbs/02_freeze.ipynb #silence-code
 @patch
-def undo(self: Frozen) -> None:
-    "Put everything back; what came into the model since is left as it is."
-    for owner, name, value in self._replaced:
-        setattr(owner, name, value)
-    self._replaced = []
-    for name, parameter in self.model.named_parameters():
-        parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
+def _silence(self: Frozen):
+    "Set every dropout rate to 0."
+    silent = {}  # by identity of a config: its copy
+    for module in self.model.modules():
+        rates = dropout_rates(module)
+        if any(name.startswith("config.") for name in rates):
+            own = module.config
+            silent.setdefault(id(own), _without_dropout(own))
+            self._replace(module, "config", silent[id(own)])
+        for name in rates.keys() & vars(module).keys():
+            self._replace(module, name, 0.0)
+
+
+@patch
+def _replace(self: Frozen, owner, name, value):
+    "Set an attribute, and note what it was."
+    self._replaced.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
 
 
 def _without_dropout(config):

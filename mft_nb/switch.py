@@ -12,6 +12,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,113 @@ from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import load_mask
 from .scores import MaskedWeight
 
+# %% ../nbs/20_switch.ipynb #places-code
+_PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
+
+
+def _places(mask):
+    "Where a mask prunes, for each piece of a matrix that it touches: piece index to int32."
+    pieces = enumerate((~mask).reshape(-1).split(_PIECE))
+    pruned = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
+    return {index: places for index, places in pruned.items() if len(places)}
+
+# %% ../nbs/20_switch.ipynb #5e80b3d7
+class _Zeroed:
+    "What a mask set to zero, and where; a switch goes from there to other places."
+
+    def __init__(self):
+        self.pieces = {}  # (weight name, piece) -> (places, their values)
+        self.changed = set()  # names of weights that others changed before the last switch
+        self._counts = {}  # weight name -> torch's count of writes after the last switch
+
+    def step(self, part, key, places, scratch):
+        "Put back what is zeroed in a piece, then zero it at other places."
+        if key in self.pieces:
+            before, values = self.pieces[key]
+            where = scratch.widened(before)
+            written = part.index_select(0, where).any()  # also where torch did not count it
+            same = places is not None and before.device == places.device
+            if written:
+                self.changed.add(key[0])
+            elif same and torch.equal(before, places):
+                return
+            part.scatter_(0, where, values.to(part))
+        if places is None:
+            del self.pieces[key]
+            return
+        where = scratch.widened(places)
+        self.pieces[key] = (places, part.index_select(0, where))
+        part.scatter_(0, where, scratch.zeros)
+
+    def weights(self):
+        "Names of the weights of which something is zeroed."
+        return {weight for weight, _ in self.pieces}
+
+    def __getstate__(self):  # of a copy, whose weights count anew
+        return self.__dict__ | {"_counts": {}}
+
+# %% ../nbs/20_switch.ipynb #scratch-code
+class _Scratch:
+    "Room for one piece after the other, for the weights of one device and type."
+
+    def __init__(self, weight):
+        self.zeros = weight.new_zeros(_PIECE)
+        self._room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
+
+    def widened(self, places):
+        "Places in 64 bits, as torch wants them; NumPy, since it starts no threads of its own."
+        wide = self._room[: len(places)]
+        if places.device.type != "cpu" or wide.device.type != "cpu":
+            return wide.copy_(places)
+        np.copyto(wide.numpy(), places.numpy())
+        return wide
+
+# %% ../nbs/20_switch.ipynb #switch-pieces
+@patch
+@torch.no_grad()
+def _run(self: _Zeroed, keys, weights, after):
+    "Switch pieces one after the other."
+    scratch = {}  # by device and type
+    for key in keys:
+        weight = weights[key[0]]
+        kind = (weight.device, weight.dtype)
+        if kind not in scratch:
+            scratch[kind] = _Scratch(weight)
+        part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
+        self.step(part, key, after.get(key), scratch[kind])
+
+# %% ../nbs/20_switch.ipynb #switch-all
+@patch
+def switch(self: _Zeroed, weights, after):
+    "Switch all pieces to new places, divided among torch's threads."
+    keys = list(dict.fromkeys([*self.pieces, *after]))
+    counts, self._counts = self._counts, {}
+    self.changed = {name for name, count in counts.items() if weights[name]._version != count}
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
+    if threads > 1:
+        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+        def run(some):
+            with torch.inference_mode(inference):
+                self._run(some, weights, after)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, [keys[start::threads] for start in range(threads)]))
+    else:
+        self._run(keys, weights, after)
+    held = {name: weights[name] for name, _ in after}
+    self._counts = {n: one._version for n, one in held.items() if not one.is_inference()}
+
+# %% ../nbs/20_switch.ipynb #back-to-base
+@patch
+def back_to_base(self: _Zeroed, weights):
+    "Put back all that is zeroed, as far as that is possible."
+    self._counts = {}
+    for key in list(self.pieces):
+        with suppress(Exception):  # the error that led here is raised
+            self._run([key], weights, {})
+
 # %% ../nbs/20_switch.ipynb #d207a6e9
 class MaskSwitch:
     "Named masks on one base model, at most one of them in force."
@@ -35,16 +143,12 @@ class MaskSwitch:
         model: nn.Module,  # holds the base weights; changed in place by `use`
     ):
         self.model = model
-        # the masks that were added
-        self._zeros = {}  # mask name -> {(weight name, piece): places}
-        self._shapes = {}  # mask name -> {weight name: shape}
+        self._masks = {}  # mask name -> what was added
         # what is in force
         self._active = None
         self._last = None  # the mask of a switch that did not end well, for a message
-        self._zeroed = {}  # (weight name, piece) -> (places, their values)
+        self._zeroed = _Zeroed()
         self._held = {}  # weight name -> the weight, as long as parts of it are zeroed
-        self._versions = {}  # weight name -> torch's count of changes
-        self._changed = set()  # weight names: changed by others under the last mask
         # who uses the model
         self._callers = Callers()
         self._check_model()
@@ -62,7 +166,7 @@ class MaskSwitch:
     @property
     def names(self) -> list[str]:  # in the order they were added
         "The masks there are."
-        return list(self._zeros)
+        return list(self._masks)
 
     @property
     def active(self) -> str | None:  # None: the base
@@ -70,7 +174,7 @@ class MaskSwitch:
         return self._active
 
     def __repr__(self):
-        masks = ", ".join(self._zeros) or "none"
+        masks = ", ".join(self._masks) or "none"
         return f"MaskSwitch({type(self.model).__name__}, masks: {masks}; active: {self.active})"
 
 # %% ../nbs/20_switch.ipynb #guard-code
@@ -118,6 +222,24 @@ def _check_model(self: MaskSwitch):
             "first."
         )
 
+# %% ../nbs/20_switch.ipynb #added-code
+@dataclass
+class _Added:
+    "A mask that was added."
+
+    places: dict  # (weight name, piece) -> where it prunes
+    shapes: dict  # weight name -> shape
+
+
+@patch
+def _check_new(self: MaskSwitch, name):
+    "Refuse a name that is taken, or no string."
+    if not isinstance(name, str) or name in self._masks:
+        raise ValueError(
+            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
+            "remove(name) first to replace a mask."
+        )
+
 # %% ../nbs/20_switch.ipynb #b95f0e3c
 @patch
 def add(
@@ -142,28 +264,8 @@ def add(
     }
     with self._callers.lock:
         self._check_new(name)
-        self._zeros[name] = places
-        self._shapes[name] = {weight: kept.shape for weight, kept in mask.items()}
-
-
-@patch
-def _check_new(self: MaskSwitch, name):
-    "Refuse a name that is taken, or no string."
-    if not isinstance(name, str) or name in self._zeros:
-        raise ValueError(
-            f"name is {name!r}; allowed is a string that is not taken yet ({self.names}). Call "
-            "remove(name) first to replace a mask."
-        )
-
-# %% ../nbs/20_switch.ipynb #places-code
-_PIECE = 768 * 768  # weights; with their places they fit in a processor's cache
-
-
-def _places(mask):
-    "Where a mask prunes, for each piece of a matrix that it touches: piece index to int32."
-    pieces = enumerate((~mask).reshape(-1).split(_PIECE))
-    pruned = {index: piece.nonzero()[:, 0].int() for index, piece in pieces}
-    return {index: places for index, places in pruned.items() if len(places)}
+        shapes = {weight: kept.shape for weight, kept in mask.items()}
+        self._masks[name] = _Added(places, shapes)
 
 # %% ../nbs/20_switch.ipynb #weights-code
 @patch
@@ -171,7 +273,7 @@ def _weights(self: MaskSwitch, names):
     "The weights of those names."
     self._check_model()
     parameters = dict(self.model.named_parameters())
-    shapes = ChainMap(*self._shapes.values())
+    shapes = ChainMap(*(mask.shapes for mask in self._masks.values()))
     for name in names:
         weight = parameters.get(name)
         shape = None if weight is None else weight.shape
@@ -185,165 +287,6 @@ def _weights(self: MaskSwitch, names):
     check_writable(weights)
     return weights
 
-
-@patch
-def _check_name(self: MaskSwitch, name):
-    "Refuse the name of a mask that was not added."
-    if name not in self._zeros:
-        raise ValueError(
-            f"There is no mask {name!r}; there are {', '.join(self._zeros) or 'none'}. Add it "
-            "with add(name, mask)."
-        )
-
-# %% ../nbs/20_switch.ipynb #scratch-code
-class _Scratch:
-    "Room for one piece after the other, for the weights of one device and type."
-
-    def __init__(self, weight):
-        self.zeros = weight.new_zeros(_PIECE)
-        self._room = torch.empty(_PIECE, dtype=torch.int64, device=weight.device)
-
-    def widened(self, places):
-        "Places in 64 bits, as torch wants them; NumPy, since it starts no threads of its own."
-        wide = self._room[: len(places)]
-        if places.device.type != "cpu" or wide.device.type != "cpu":
-            return wide.copy_(places)
-        np.copyto(wide.numpy(), places.numpy())
-        return wide
-
-# %% ../nbs/20_switch.ipynb #5e80b3d7
-@patch
-def _switch(self: MaskSwitch, part, key, places, scratch):
-    "Put back what is zeroed in a piece, then zero it at other places."
-    if key in self._zeroed:
-        before, values = self._zeroed[key]
-        where = scratch.widened(before)
-        written = part.index_select(0, where).any()  # perhaps in a way that torch does not count
-        if written:
-            self._changed.add(key[0])
-        elif places is not None and before.device == places.device and torch.equal(before, places):
-            return
-        part.scatter_(0, where, values.to(part))
-    if places is None:
-        del self._zeroed[key]
-        return
-    where = scratch.widened(places)
-    self._zeroed[key] = (places, part.index_select(0, where))
-    part.scatter_(0, where, scratch.zeros)
-
-# %% ../nbs/20_switch.ipynb #switch-pieces
-@patch
-@torch.no_grad()
-def _switch_pieces(self: MaskSwitch, keys, weights, after):
-    "Switch pieces one after the other."
-    scratch = {}  # by device and type
-    for key in keys:
-        weight = weights[key[0]]
-        kind = (weight.device, weight.dtype)
-        if kind not in scratch:
-            scratch[kind] = _Scratch(weight)
-        part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
-        self._switch(part, key, after.get(key), scratch[kind])
-
-# %% ../nbs/20_switch.ipynb #switch-all
-@patch
-def _switch_all(self: MaskSwitch, keys, weights, after):
-    "Switch all pieces, shared out among torch's threads."
-    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
-    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
-    if threads > 1:
-        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
-
-        def switch(share):
-            with torch.inference_mode(inference):
-                self._switch_pieces(share, weights, after)
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(switch, [keys[start::threads] for start in range(threads)]))
-    else:
-        self._switch_pieces(keys, weights, after)
-
-# %% ../nbs/20_switch.ipynb #switch-to
-@patch
-def _switch_to(self: MaskSwitch, name):
-    "Switch, with the lock held."
-    if name is not None:
-        self._check_name(name)
-        if name == self._active:
-            return
-    after = self._zeros.get(name, {})
-    keys = list(dict.fromkeys([*self._zeroed, *after]))
-    weights = self._take_hold(keys)
-    under, self._active = self._active, None  # until all pieces are done
-    self._last = name or under
-    try:
-        self._switch_all(keys, weights, after)
-        self._warn_of_changes(under)
-        self._active = name
-    except BaseException:  # Ctrl-C too
-        self._back_to_base(weights)
-        raise
-    finally:
-        torch.clear_autocast_cache()  # it holds copies of the weights of before
-        self._let_go()
-    self._record({weight: weights[weight] for weight, _ in after})
-
-# %% ../nbs/20_switch.ipynb #take-hold
-@patch
-def _take_hold(self: MaskSwitch, keys):
-    "The weights of some pieces, checked and held; the model keeps the switch from here on."
-    weights = self._weights({weight: None for weight, _ in keys})
-    self._changed = self._counted_changes(weights)
-    fresh = {name: weight for name, weight in weights.items() if name not in self._held}
-    hold(fresh.values(), self)
-    self._held |= fresh
-    self._guard.mask_holder = self
-    return weights
-
-# %% ../nbs/20_switch.ipynb #back-to-base
-@patch
-def _back_to_base(self: MaskSwitch, weights):
-    "Put back all that is zeroed; what cannot be put back stays held."
-    for key in list(self._zeroed):
-        with suppress(Exception):  # the error that led here is raised
-            self._switch_pieces([key], weights, {})
-
-
-@patch
-def _let_go(self: MaskSwitch):
-    "Let go of the weights of which nothing is zeroed any more."
-    zeroed = {weight for weight, _ in self._zeroed}
-    done = {name: weight for name, weight in self._held.items() if name not in zeroed}
-    release(done, self)
-    self._held = {name: weight for name, weight in self._held.items() if name in zeroed}
-    self._guard.mask_holder = self if self._held else None
-
-# %% ../nbs/20_switch.ipynb #27f6c1ab
-@patch
-def _record(self: MaskSwitch, weights):
-    "Torch's counts of writes to weights; under torch.inference_mode it counts none."
-    self._versions = {n: one._version for n, one in weights.items() if not one.is_inference()}
-
-
-@patch
-def _counted_changes(self: MaskSwitch, weights):
-    "Names of weights that others changed under the mask in force, by torch's count of writes."
-    counts, self._versions = self._versions, {}
-    return {name for name, count in counts.items() if weights[name]._version != count}
-
-
-@patch
-def _warn_of_changes(self: MaskSwitch, under):
-    "Warn, with a UserWarning, of weights that others changed under a mask."
-    if self._changed:
-        names = sorted(self._changed)
-        warnings.warn(
-            f"Weights were changed while the mask {under!r} was in force: "
-            f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}. Where it prunes, they now "
-            "get the values they had before; elsewhere they keep the change.",
-            stacklevel=4,
-        )
-
 # %% ../nbs/20_switch.ipynb #6a40d8f1
 @patch
 def use(
@@ -355,6 +298,62 @@ def use(
         self._callers.wait_for_turn()
         self._switch_to(name)
         self._callers.note(name)
+
+
+@patch
+def _check_name(self: MaskSwitch, name):
+    "Refuse the name of a mask that was not added."
+    if name not in self._masks:
+        raise ValueError(
+            f"There is no mask {name!r}; there are {', '.join(self._masks) or 'none'}. Add it "
+            "with add(name, mask)."
+        )
+
+# %% ../nbs/20_switch.ipynb #switch-to
+@patch
+def _switch_to(self: MaskSwitch, name):
+    "Switch, with the lock held."
+    if name is not None:
+        self._check_name(name)
+        if name == self._active:
+            return
+    after = {} if name is None else self._masks[name].places
+    weights = self._take_hold(after)
+    under, self._active = self._active, None  # until all pieces are done
+    self._last = name or under
+    try:
+        self._zeroed.switch(weights, after)
+        if self._zeroed.changed:
+            self._warn_of_changes(under)
+        self._active = name
+    except BaseException:  # Ctrl-C too
+        self._zeroed.back_to_base(weights)
+        raise
+    finally:
+        torch.clear_autocast_cache()  # it holds copies of the weights of before
+        self._let_go()
+
+# %% ../nbs/20_switch.ipynb #take-hold
+@patch
+def _take_hold(self: MaskSwitch, after):
+    "The weights that a switch writes to, checked and held; the model keeps the switch."
+    pieces = [*self._zeroed.pieces, *after]
+    weights = self._weights(dict.fromkeys(weight for weight, _ in pieces))
+    fresh = {name: weight for name, weight in weights.items() if name not in self._held}
+    hold(fresh.values(), self)
+    self._held |= fresh
+    self._guard.mask_holder = self
+    return weights
+
+
+@patch
+def _let_go(self: MaskSwitch):
+    "Let go of the weights of which nothing is zeroed any more."
+    zeroed = self._zeroed.weights()
+    done = {name: weight for name, weight in self._held.items() if name not in zeroed}
+    release(done, self)
+    self._held = {name: weight for name, weight in self._held.items() if name in zeroed}
+    self._guard.mask_holder = self if self._held else None
 
 # %% ../nbs/20_switch.ipynb #e2b8405d
 @patch
@@ -391,7 +390,7 @@ def remove(
                 f"The mask {name!r} is in force, or will be at the end of a `using` block. Call "
                 "use(None) or leave the block first."
             )
-        del self._zeros[name], self._shapes[name]
+        del self._masks[name]
 
 # %% ../nbs/20_switch.ipynb #load-code
 @patch
@@ -407,6 +406,18 @@ def _load(self: MaskSwitch, path):
             "load_mask(path).mask to take the mask alone."
         )
     return saved.mask
+
+# %% ../nbs/20_switch.ipynb #27f6c1ab
+@patch
+def _warn_of_changes(self: MaskSwitch, under):
+    "Warn, with a UserWarning, of weights that others changed under a mask."
+    names = sorted(self._zeroed.changed)
+    warnings.warn(
+        f"Weights were changed while the mask {under!r} was in force: "
+        f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}. Where it prunes, they now "
+        "get the values they had before; elsewhere they keep the change.",
+        stacklevel=4,
+    )
 
 # %% ../nbs/20_switch.ipynb #remove-all
 @patch(cls_method=True)
@@ -428,17 +439,17 @@ def how_to_undo(self: MaskSwitch) -> str:
 # %% ../nbs/20_switch.ipynb #copy-code
 @patch
 def __getstate__(self: MaskSwitch):
-    "What a copy gets: weights that count their changes anew, and no callers."
-    own = ("_callers", "_guard", "_unwatch", "_held")
+    "What a copy gets: no callers, and no hold on the weights of another model."
+    own = ("_callers", "_guard", "_unwatch")
     state = {name: value for name, value in self.__dict__.items() if name not in own}
-    return state | {"_versions": {}, "_held": {}}
+    return state | {"_held": {}}
 
 
 @patch
 def __setstate__(self: MaskSwitch, state):
     self.__dict__.update(state)
     self._callers = Callers()
-    if not self._zeroed:  # else the guard of the copied model brings itself
+    if not self._zeroed.pieces:  # else the guard of the copied model brings itself
         self._guard = _Guard(self)
         self._watch()
 

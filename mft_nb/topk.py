@@ -27,6 +27,11 @@ def _kth_smallest(flat, index):
     return float(np.partition(values, index)[index])
 
 
+def _array(flat):
+    "A tensor's values as NumPy's; by DLPack, since `numpy()` would forbid FSDP to free the memory."
+    return np.from_dlpack(flat.detach())
+
+# %% ../nbs/05_topk.ipynb #above-tools
 def _above(flat, threshold):
     "Where values lie above a threshold; NumPy is four times faster where it can work in place."
     if _fast([flat]):
@@ -38,34 +43,19 @@ def _fast(flat):
     "Whether NumPy can work on the scores in place."
     return all(score.device.type == "cpu" and score.dtype == torch.float32 for score in flat)
 
-
-def _array(flat):
-    "A tensor's values as NumPy's; by DLPack, since `numpy()` would forbid FSDP to free the memory."
-    return np.from_dlpack(flat.detach())
-
 # %% ../nbs/05_topk.ipynb #above-threshold
 @dataclass(frozen=True)
 class AboveThreshold(Winners):
     "What lies above a threshold stays, and some of what lies on it."
 
     threshold: float
-    ties: tuple[Tensor, ...]  # by tensor: the places, row by row, of what stays on the threshold
+    ties: tuple[Tensor, ...]  # by tensor: positions, row by row, of what stays on the threshold
 
     def mask(self, scores: Tensor, number: int = 0) -> Tensor:
         flat = scores.detach().reshape(-1)
         mask = _above(flat, self.threshold)
         mask[self.ties[number]] = True
         return mask.view(scores.shape)
-
-    def masked(self, weight: Tensor, scores: Tensor, number: int = 0) -> Tensor:
-        ties = self.ties[number]
-        in_rows = weight.is_contiguous() and scores.is_contiguous()
-        if weight.dtype != scores.dtype or (len(ties) and not in_rows):
-            return super().masked(weight, scores, number)
-        masked = torch.ops.aten.threshold_backward(weight, scores, self.threshold)
-        if len(ties):
-            masked.view(-1)[ties] = weight.view(-1)[ties]
-        return masked
 
 # %% ../nbs/05_topk.ipynb #count-kept
 def count_kept(
@@ -75,9 +65,6 @@ def count_kept(
     return int(np.count_nonzero(mask.detach().cpu().numpy()))
 
 # %% ../nbs/05_topk.ipynb #search-code
-_NOWHERE = torch.empty(0, dtype=torch.long)
-
-
 def _search(flat, kept):
     "The winners of all that compete, by a search of all of it."
     together = torch.cat(flat)
@@ -93,17 +80,20 @@ def _search(flat, kept):
     missing = kept - count_kept(_above(together, threshold))
     return AboveThreshold(threshold, _first_equal(flat, threshold, missing))
 
+# %% ../nbs/05_topk.ipynb #first-equal
+_NOWHERE = torch.empty(0, dtype=torch.long)
+
 
 def _first_equal(flat, threshold, missing):
-    "By tensor: the places of the first scores that lie on the threshold."
+    "By tensor: the positions of the first scores that lie on the threshold."
     found = []
     for one in flat:
-        places = _NOWHERE
+        positions = _NOWHERE
         if missing and _fast([one]):
-            places = torch.from_numpy(np.flatnonzero(_array(one) == np.float32(threshold)))
+            positions = torch.from_numpy(np.flatnonzero(_array(one) == np.float32(threshold)))
         elif missing:
-            places = (one == threshold).nonzero()[:, 0]
-        found.append(places[:missing])
+            positions = (one == threshold).nonzero()[:, 0]
+        found.append(positions[:missing])
         missing -= len(found[-1])
     return tuple(found)
 
@@ -115,35 +105,27 @@ def top_k(
     "Exactly `kept` ones, at the largest scores; among equal scores the first."
     return _search([scores.detach().reshape(-1)], kept).mask(scores)
 
-# %% ../nbs/05_topk.ipynb #ec3c6f64
-_BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
-
-
-def _in_band(array, low, high):
-    "How many values lie above a band, and those that lie neither above nor below it."
-    over, under = np.empty((2, min(_BLOCK, array.size)), dtype=bool)
-    above, values = 0, []
-    for start in range(0, array.size, _BLOCK):
-        block = array[start : start + _BLOCK]
-        larger = np.greater(block, high, out=over[: block.size])
-        smaller = np.less(block, low, out=under[: block.size])
-        above += np.count_nonzero(larger)
-        within = np.equal(larger, smaller, out=smaller)
-        values.append(block[np.flatnonzero(within)])
-    return above, values
-
-
-def _search_band(values, missing, high):
-    "The largest value of a band that goes, and how many of the equal ones stay."
-    if not missing:
-        return high, 0
-    goes = len(values) - missing
-    threshold = np.partition(values, goes - 1)[goes - 1] if goes else values.min()
-    return threshold, missing - np.count_nonzero(values > threshold)
+# %% ../nbs/05_topk.ipynb #masked-code
+@patch
+def masked(
+    self: AboveThreshold,
+    weight: Tensor,  # in the shape of the scores
+    scores: Tensor,  # one of the tensors that compete
+    number: int = 0,  # which of them it is
+) -> Tensor:  # as the weight
+    "The weight where its score stays, 0 elsewhere."
+    ties = self.ties[number]
+    in_rows = weight.is_contiguous() and scores.is_contiguous()
+    if weight.dtype != scores.dtype or (len(ties) and not in_rows):
+        return Winners.masked(self, weight, scores, number)  # by way of the mask
+    masked = torch.ops.aten.threshold_backward(weight, scores, self.threshold)
+    if len(ties):
+        masked.view(-1)[ties] = weight.view(-1)[ties]
+    return masked
 
 # %% ../nbs/05_topk.ipynb #0fe78d06
-_FIRST_SHARE, _LARGEST_SHARE = 0.01, 0.08  # of the scores, in the band
-_SMALL_SHARE = 0.001  # in a band that need not become narrower
+_FIRST_FRACTION, _LARGEST_FRACTION = 0.01, 0.08  # of the scores, in the band
+_SMALL_FRACTION = 0.001  # in a band that need not become narrower
 
 
 class TopK:
@@ -153,18 +135,9 @@ class TopK:
         self.calls = 0  # calls in all
         self.proved = 0  # of these: the last threshold was proved to hold
         self.searches = 0  # of these: all scores were searched
-        self._share = _FIRST_SHARE
         self._last = None  # the winners of the last call
-        self._band = None
-
-    def __call__(
-        self,
-        scores: Sequence[Tensor],  # one or more tensors that compete, on one device
-        kept: int,  # how many to keep, 0 to all
-    ) -> list[Tensor]:  # bool, in the shapes of the scores: as `top_k` of all together
-        "Keep the largest scores of the group; among equal ones the first."
-        found = self.winners(scores, kept)
-        return [found.mask(score, number) for number, score in enumerate(scores)]
+        self._band = None  # scores around the last threshold, from low to high
+        self._fraction = _FIRST_FRACTION  # of the scores, in a band that is made anew
 
     def winners(
         self,
@@ -186,7 +159,7 @@ class TopK:
         self._last = found
         return found
 
-# %% ../nbs/05_topk.ipynb #holds-anew
+# %% ../nbs/05_topk.ipynb #holds-code
 @patch
 def _holds(self: TopK, flat, kept):
     "Whether all scores are above the last threshold or not above it, and `kept` are above."
@@ -197,7 +170,7 @@ def _holds(self: TopK, flat, kept):
         return False
     return sum(count_kept(one <= threshold) for one in flat) == total - kept  # no NaN
 
-
+# %% ../nbs/05_topk.ipynb #anew-code
 @patch
 def _anew(self: TopK, flat, kept):
     "Search all scores, and remember a band around the threshold."
@@ -211,10 +184,47 @@ def _anew(self: TopK, flat, kept):
 @patch
 def _band_around(self: TopK, values, rank):
     "The values some ranks below and above one, in ascending order; None where they are equal."
-    margin = max(1, round(len(values) * self._share / 2))
+    margin = max(1, round(len(values) * self._fraction / 2))
     edges = (max(0, rank - margin), min(len(values) - 1, rank + margin))
     low, high = np.partition(values, edges)[list(edges)]
     return (low, high) if low < high else None
+
+# %% ../nbs/05_topk.ipynb #call-code
+@patch
+def __call__(
+    self: TopK,
+    scores: Sequence[Tensor],  # one or more tensors that compete, on one device
+    kept: int,  # how many to keep, 0 to all
+) -> list[Tensor]:  # bool, in the shapes of the scores: as `top_k` of all together
+    "Keep the largest scores of the group; among equal ones the first."
+    found = self.winners(scores, kept)
+    return [found.mask(score, number) for number, score in enumerate(scores)]
+
+# %% ../nbs/05_topk.ipynb #ec3c6f64
+_BLOCK = 2**17  # scores that are compared at a time; with the results they fit in a cache
+
+
+def _in_band(array, low, high):
+    "How many values lie above a band, and those that lie neither above nor below it."
+    over, under = np.empty((2, min(_BLOCK, array.size)), dtype=bool)
+    above, values = 0, []
+    for start in range(0, array.size, _BLOCK):
+        block = array[start : start + _BLOCK]
+        larger = np.greater(block, high, out=over[: block.size])
+        smaller = np.less(block, low, out=under[: block.size])
+        above += np.count_nonzero(larger)
+        within = np.equal(larger, smaller, out=smaller)
+        values.append(block[np.flatnonzero(within)])
+    return above, values
+
+# %% ../nbs/05_topk.ipynb #search-band
+def _search_band(values, missing, high):
+    "The largest value of a band that goes, and how many of the equal ones stay."
+    if not missing:
+        return high, 0
+    goes = len(values) - missing
+    threshold = np.partition(values, goes - 1)[goes - 1] if goes else values.min()
+    return threshold, missing - np.count_nonzero(values > threshold)
 
 # %% ../nbs/05_topk.ipynb #b8324fbc
 @patch
@@ -223,20 +233,20 @@ def _near(self: TopK, flat, kept):
     low, high = self._band
     above, values = zip(*(_in_band(_array(one), low, high) for one in flat), strict=True)
     missing, values = kept - sum(above), np.concatenate(sum(values, []))
-    share = len(values) / sum(map(len, flat))
+    fraction = len(values) / sum(map(len, flat))
     if not 0 <= missing <= len(values) or np.isnan(values).any():
-        self._share = min(2 * self._share, _LARGEST_SHARE)
+        self._fraction = min(2 * self._fraction, _LARGEST_FRACTION)
         return None
-    if share > 2 * _LARGEST_SHARE:
+    if fraction > 2 * _LARGEST_FRACTION:
         return None
     if self._holds_in_band(values, missing):
         return self._last
     threshold, equal = _search_band(values, missing, high)
     if 0 < missing < len(values):
-        self._narrow(threshold, share)
+        self._narrow(threshold, fraction)
     return AboveThreshold(float(threshold), _first_equal(flat, float(threshold), equal))
 
-
+# %% ../nbs/05_topk.ipynb #narrow-code
 @patch
 def _holds_in_band(self: TopK, values, missing):
     "Whether the last threshold lies in the band, and the missing ones are above it."
@@ -247,10 +257,10 @@ def _holds_in_band(self: TopK, values, missing):
 
 
 @patch
-def _narrow(self: TopK, threshold, share):
+def _narrow(self: TopK, threshold, fraction):
     "Put the band around a threshold; narrower, but well wider than the last shift."
     low, high = self._band
     half = (high - low) / 2
-    if share > _SMALL_SHARE:
+    if fraction > _SMALL_FRACTION:
         half = min(half, max(half / 2, 4 * abs(threshold - (low + high) / 2)))
     self._band = (threshold - half, threshold + half)

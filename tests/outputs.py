@@ -44,7 +44,8 @@ def serve(connection_file, folder):
     os.chdir(folder)
     pandas.set_option("display.max_columns", 20)  # as where a kernel imports it, not a terminal
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
-    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, "--log-level=ERROR"])
+    sharp = "--InlineBackend.figure_formats=retina"  # pictures at twice the resolution
+    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, sharp, "--log-level=ERROR"])
 
 
 class ForkedKernel(AsyncKernelManager):

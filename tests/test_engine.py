@@ -77,6 +77,18 @@ def test_a_deep_copy_goes_its_own_way(trained):
     assert torch.equal(model(**batch()).logits, trained.model(**batch()).logits)
 
 
+@pytest.mark.parametrize("way", ["fused", "SGD"])
+def test_the_mask_follows_scores_that_other_optimizers_write(way):
+    mft = MFT(tiny_bert(), CONFIG)
+    first = mft.bitmask()
+    fused = torch.optim.AdamW(mft.scores, lr=0.05, fused=True)
+    optimizer = fused if way == "fused" else torch.optim.SGD(mft.scores, lr=50.0)
+    mft.model.train()(**batch()).loss.backward()
+    optimizer.step()
+    assert mft.bitmask() == expected(mft)
+    assert mft.bitmask() != first
+
+
 @pytest.mark.parametrize("leave", ["merge_and_unload", "unload"])
 def test_a_copy_lives_on_when_the_other_is_unwrapped(leave):
     mft = MFT(tiny_bert(), CONFIG)

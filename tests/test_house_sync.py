@@ -1,5 +1,6 @@
 """What is generated from the notebooks is what lies in the repository."""
 
+import ast
 import json
 import re
 import shutil
@@ -10,9 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = (ast.Import, ast.ImportFrom)
 NOTEBOOKS = [
     p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
 ]
+
+
+def exported(root):
+    """The text of each file of the package, those of the study too."""
+    package = root / "mft_nb"
+    return {str(p.relative_to(package)): p.read_text() for p in package.rglob("*.py")}
 
 
 def test_export_leaves_no_diff(tmp_path):
@@ -21,8 +29,7 @@ def test_export_leaves_no_diff(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     export = Path(sys.executable).with_name("nbdev_export")
     subprocess.run([export], cwd=tmp_path, check=True, capture_output=True)
-    fresh = {p.name: p.read_text() for p in (tmp_path / "mft_nb").glob("*.py")}
-    committed = {p.name: p.read_text() for p in (ROOT / "mft_nb").glob("*.py")}
+    fresh, committed = exported(tmp_path), exported(ROOT)
     assert fresh.keys() == committed.keys()
     for name in fresh:
         assert fresh[name] == committed[name], f"mft_nb/{name} differs: run nbdev_export"
@@ -52,3 +59,20 @@ def test_notebook_is_clean(path):
     opening = "".join(notebook["cells"][0]["source"])
     assert re.fullmatch(r"# [^#\n]+\n+> [^\n]+", opening), "nbdev drops the rest of this cell"
     assert "metadata" not in notebook or set(notebook["metadata"]) <= {"kernelspec"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_cell_holds_imports_or_code(path):
+    """To document a module, `nbdev_docs` runs its exports and every cell that imports anything."""
+    sources = [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    if not any("#| default_exp" in source for source in sources):
+        return
+    for source in sources:
+        tree = ast.parse(re.sub(r"(?m)^[%!].*", "", source))
+        imports = any(isinstance(node, IMPORTS) for node in ast.walk(tree))
+        alone = all(isinstance(node, IMPORTS) for node in tree.body)
+        assert source.startswith("#| export") or alone or not imports, source

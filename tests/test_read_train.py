@@ -10,7 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from mft_nb import train
+from mft_nb import train, trainer
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
 from mft_nb.model import _reason, load_classifier
@@ -99,14 +99,14 @@ def test_evaluation_leaves_every_generator_as_it_was(folder):
 def test_the_generators_of_every_card_are_put_back(monkeypatch):
     asked = []
     cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2)
-    monkeypatch.setattr(train.torch, "cuda", cuda)
+    monkeypatch.setattr(trainer.torch, "cuda", cuda)
     fork = torch.random.fork_rng
 
     def note(cards):
         asked.extend(cards)
         return fork(())
 
-    monkeypatch.setattr(train.torch.random, "fork_rng", note)
-    with train._same_random_state():
+    monkeypatch.setattr(trainer.torch.random, "fork_rng", note)
+    with trainer.same_random_state():
         pass
     assert asked == [0, 1]

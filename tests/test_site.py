@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("smalldocs", reason="the site is built with smalldocs, of the extra `dev`")
 from bs4 import BeautifulSoup  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -237,9 +238,17 @@ def test_each_picture_has_words(pages):
     assert not [(path, image["src"]) for path, image in images if len(image.get("alt", "")) < 20]
 
 
-def test_figures_of_the_study_are_drawn_sharply(pages):
+def test_pictures_are_sharp(site, pages):
+    """From SVG, or with twice the pixels at which they are shown."""
+    blurred = []
+    for path, page in pages.items():
+        for image in page.main.find_all("img"):
+            source = (site / path).parent / image["src"]
+            if source.suffix == ".png" and Image.open(source).width < 1.9 * int(image["width"]):
+                blurred.append((path, image["src"]))
+    assert not blurred
     figures = pages["study/18_study_figures.html"].main.find_all("img")
-    assert sum(image["src"].endswith(".svg") for image in figures) >= len(figures) / 2
+    assert all(image["src"].endswith(".svg") for image in figures)
 
 
 def test_code_of_findings_is_folded(pages):

@@ -19,7 +19,7 @@ from mft_nb.mask import MFT
 from mft_nb.mask_file import save_mask
 from mft_nb.model import load_classifier
 from mft_nb.sharded import weights_sha256
-from mft_nb.switch import MaskSwitch
+from mft_nb.switch import MaskSwitch, _Zeroed
 from mft_nb.targets import maskable_weights
 
 
@@ -140,7 +140,7 @@ def test_an_error_inside_using_restores_what_was_active(model, base, switch, err
 
 def test_an_interrupted_switch_loses_nothing(model, base, switch, monkeypatch):
     switch.use("random")
-    whole = MaskSwitch._switch
+    whole = _Zeroed.step
     calls = []
 
     def interrupted(self, *arguments):
@@ -149,7 +149,7 @@ def test_an_interrupted_switch_loses_nothing(model, base, switch, monkeypatch):
             raise KeyboardInterrupt
         whole(self, *arguments)
 
-    monkeypatch.setattr(MaskSwitch, "_switch", interrupted)
+    monkeypatch.setattr(_Zeroed, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         switch.use("magnitude")
     monkeypatch.undo()
@@ -263,7 +263,7 @@ def test_a_switch_is_no_part_of_what_a_model_saves(tmp_path):
 
 def failing(monkeypatch, calls, error):
     """Let those calls of the step for one piece fail, counted from 1."""
-    whole = MaskSwitch._switch
+    whole = _Zeroed.step
     count = 0
 
     def step(self, part, key, places, *scratch):
@@ -273,7 +273,7 @@ def failing(monkeypatch, calls, error):
             raise error
         whole(self, part, key, places, *scratch)
 
-    monkeypatch.setattr(MaskSwitch, "_switch", step)
+    monkeypatch.setattr(_Zeroed, "step", step)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -546,7 +546,7 @@ def test_an_applied_mask_and_another_thread_do_not_mix_their_zeros():
 @pytest.mark.parametrize("name", ["half", None])
 def test_a_mask_is_not_removed_in_the_middle_of_a_switch(name, monkeypatch):
     layer, before, mask = layer_with_switch()
-    switch, step, removals = MaskSwitch.of(layer), MaskSwitch._switch, []
+    switch, step, removals = MaskSwitch.of(layer), _Zeroed.step, []
     if name:
         switch.use(None)
 
@@ -555,7 +555,7 @@ def test_a_mask_is_not_removed_in_the_middle_of_a_switch(name, monkeypatch):
             removals.append(in_a_thread(lambda: switch.remove("half")))
         step(self, *arguments)
 
-    monkeypatch.setattr(MaskSwitch, "_switch", meanwhile_removed)
+    monkeypatch.setattr(_Zeroed, "step", meanwhile_removed)
     with switch.using(name):  # to 'half', or from it and back
         thread, found = removals[0]
         thread.join(10)

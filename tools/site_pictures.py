@@ -60,7 +60,8 @@ class Pictures:
 
     def drawing_of(self, image):
         """The figure in `figures/` that a picture of a notebook shows, if it clearly is one."""
-        shown = ink(image)
+        width, height = self.size(image)
+        shown = ink(image.resize((width, height), Image.Resampling.LANCZOS))
         near = []
         for path, drawn in self.drawn.items():
             away = distance(shown, drawn)
@@ -72,11 +73,16 @@ class Pictures:
         clear = len(near) == 1 or near[1][0] >= CLEAR * near[0][0]
         return near[0][1] if clear else None
 
+    @staticmethod
+    def size(image):
+        """Width and height at which a picture is shown: a sharp one has more pixels than that."""
+        scale = min(1, NATURAL / image.info.get("dpi", (NATURAL,))[0])
+        return round(image.width * scale), round(image.height * scale)
+
     def store(self, content):
         """Write a PNG, or the figure that it shows, into the folder."""
         image = Image.open(BytesIO(content))
-        scale = min(1, NATURAL / image.info.get("dpi", (NATURAL,))[0])
-        size = (round(image.width * scale), round(image.height * scale))
+        size = self.size(image)
         drawing = self.drawing_of(image)
         if drawing is None:
             name = hashlib.sha256(content).hexdigest()[:12] + ".png"

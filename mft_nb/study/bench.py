@@ -324,9 +324,8 @@ def _adafactor_bytes(trainee, batch):
     "The memory of our way with the optimizer that keeps sums of rows and columns."
     from transformers import Adafactor
 
-    trainee.optimizer = Adafactor(
-        trainee.trained, lr=1e-4, scale_parameter=False, relative_step=False
-    )
+    settings = {"lr": 1e-4, "scale_parameter": False, "relative_step": False}
+    trainee.optimizer = Adafactor(trainee.trained, **settings)
     return training_bytes(trainee, batch)
 
 # %% ../../nbs/study/23_bench.ipynb #8075c019
@@ -434,6 +433,13 @@ _MODEL_STYLES = {  # name, colour and marker; the colours of treatments are not 
 }
 
 
+def _ratio_title(found):
+    "What masks add to a step, from its ratio to a step without masks by model."
+    if max(found.values()) <= 1.1:
+        return "A step with masks takes little longer than one without"
+    return "Step times of MFT compared with other ways to train"
+
+
 @rc_context(STYLE)
 def ratio_figure(
     record: dict[str, Any],  # of a run
@@ -447,12 +453,7 @@ def ratio_figure(
     axes.axvline(1, color=GREY, lw=1, ls=":")
     for row in rows:
         shift = 0.24 * (models.index(row["model"]) - (len(models) - 1) / 2)
-        place = names.index(row["figure"]) + shift
-        _, color, marker = _MODEL_STYLES[row["model"]]
-        axes.plot(row["quartiles"], [place, place], color=color)
-        axes.plot(row["ratio"], place, marker, color=color)
-        if row["limit"]:
-            axes.plot(row["limit"], place, "|", color="black", ms=14, mew=2.5)
+        _ratio_mark(axes, row, names.index(row["figure"]) + shift)
     for model in models:
         name, color, marker = _MODEL_STYLES[model]
         axes.plot([], [], color=color, marker=marker, label=name)
@@ -467,11 +468,13 @@ def ratio_figure(
     return figure
 
 
-def _ratio_title(found):
-    "What masks add to a step, from its ratio to a step without masks by model."
-    if max(found.values()) <= 1.1:
-        return "A step with masks takes little longer than one without"
-    return "Step times of MFT compared with other ways to train"
+def _ratio_mark(axes, row, place):
+    "A ratio with the middle half of its rounds, and its limit as a short bar."
+    _, color, marker = _MODEL_STYLES[row["model"]]
+    axes.plot(row["quartiles"], [place, place], color=color)
+    axes.plot(row["ratio"], place, marker, color=color)
+    if row["limit"]:
+        axes.plot(row["limit"], place, "|", color="black", ms=14, mew=2.5)
 
 # %% ../../nbs/study/23_bench.ipynb #10cc17-1
 @rc_context(STYLE)

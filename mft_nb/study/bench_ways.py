@@ -95,16 +95,20 @@ class _InEveryForward(nn.Module):
 
 # %% ../../nbs/study/22_bench_ways.ipynb #e77a43f7
 def _way_full(model, config):
+    "Everything is trained."
     return Trainee(model, list(model.parameters()), max_grad_norm=1.0)
 
 
 def _way_floor(model, config):
+    "The matrices that a mask would cover are trained, as plain weights."
     names = list(maskable_weights(model, config.layers))
     Frozen(model, trained=names)  # for good: without dropout, as ours
     return Trainee(model, [model.get_parameter(name) for name in names])
 
 
 def _way_in_every_forward(by_sort):
+    "The published algorithm, by a sort or by the k-th value."
+
     def make(model, config):
         Frozen(model)
         scores = []
@@ -119,6 +123,7 @@ def _way_in_every_forward(by_sort):
 
 # %% ../../nbs/study/22_bench_ways.ipynb #e77a43-1
 def _way_lora(model, config):
+    "Low-rank updates of the same matrices are trained."
     names = list(maskable_weights(model, config.layers))
     Frozen(model)
     wrapped = add_lora(model, names)
@@ -126,6 +131,7 @@ def _way_lora(model, config):
 
 
 def _way_ours(model, config):
+    "The scores of this library are trained."
     mft = MFT(model, config)
     return Trainee(model, mft.scores, mft=mft)
 

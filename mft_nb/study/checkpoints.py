@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from fastcore.basics import patch
 from torch import nn
 from transformers import TrainerCallback
 
 from ..model import load_classifier
-from ..train import TrainConfig, accuracy, predict, same_run, train
+from ..resume import same_run
+from ..train import TrainConfig, accuracy, predict, train
 
 # %% ../../nbs/study/04_checkpoints.ipynb #45a1c90e
 CHECKPOINTS = {"baseline": 0.0, "75": 0.75, "90": 0.90}  # name: validation accuracy to reach
@@ -42,6 +44,13 @@ class Checkpoint:
     step: int  # optimizer steps done
     reached: bool  # whether it came within two points of the target, or above
 
+# %% ../../nbs/study/04_checkpoints.ipynb #note-code
+def _checkpoint(name, validation, step):
+    "What is noted with a checkpoint; `near` and `best` are candidates for 75 and 90."
+    name = {"near": "75", "best": "90"}.get(name, name)
+    target = CHECKPOINTS[name]
+    return Checkpoint(name, target, validation, step, validation >= target - 0.02)
+
 # %% ../../nbs/study/04_checkpoints.ipynb #write-code
 def write_model(
     model: nn.Module,  # a transformers model
@@ -55,7 +64,7 @@ def write_model(
         tokenizer.save_pretrained(part)
         (part / NOTE_FILE).write_text(json.dumps(asdict(checkpoint), indent=1))
 
-
+# %% ../../nbs/study/04_checkpoints.ipynb #read-code
 def read_checkpoint(
     folder: str | Path,  # a folder that `write_model` wrote
 ) -> Checkpoint:  # FileNotFoundError if it is no checkpoint
@@ -82,15 +91,8 @@ class _TakeCheckpoints(TrainerCallback):
         known = json.loads(path.read_text()) if path.exists() else []
         self.seen = [one for one in known if one[0] <= state.global_step]
 
-    def offer(self, name, reached, step, distance):
-        "Write the present model under a name if it is nearer to what the name asks for."
-        known = self.folder / name
-        if not known.exists() or distance(reached) < distance(read_checkpoint(known).validation):
-            self.write(name, reached, step)
-
     def on_step_end(self, args, state, control, **_):
-        middle, top = CHECKPOINTS["75"], CHECKPOINTS["90"]
-        passed = any(one[1] >= middle for one in self.seen)
+        passed = any(accuracy >= CHECKPOINTS["75"] for _, accuracy in self.seen)
         every = self.late_every if passed else self.early_every
         last = state.global_step == state.max_steps
         if state.global_step % every and not last:
@@ -98,14 +100,29 @@ class _TakeCheckpoints(TrainerCallback):
         reached = self.evaluate()
         self.seen.append([state.global_step, reached])
         write_whole(self.folder / "looks.json", json.dumps(self.seen))
-        if not (self.folder / "75").exists():
-            self.offer("near", reached, state.global_step, lambda seen: abs(seen - middle))
-            if reached >= middle:
-                os.replace(self.folder / "near", self.folder / "75")
-        self.offer("best", reached, state.global_step, lambda seen: -seen)
-        if reached >= top:
+        self._keep(reached, state.global_step)
+        if reached >= CHECKPOINTS["90"]:
             control.should_training_stop = True
             control.should_save = False  # what is done is not resumed
+
+# %% ../../nbs/study/04_checkpoints.ipynb #keep-code
+@patch
+def _keep(self: _TakeCheckpoints, reached, step):
+    "Write the present model where it is nearer to 75 %, or the best so far."
+    middle = CHECKPOINTS["75"]
+    if not (self.folder / "75").exists():
+        self._offer("near", reached, step, lambda accuracy: abs(accuracy - middle))
+        if reached >= middle:
+            os.replace(self.folder / "near", self.folder / "75")
+    self._offer("best", reached, step, lambda accuracy: -accuracy)
+
+
+@patch
+def _offer(self: _TakeCheckpoints, name, reached, step, distance):
+    "Write the present model under a name if it is nearer to what the name asks for."
+    known = self.folder / name
+    if not known.exists() or distance(reached) < distance(read_checkpoint(known).validation):
+        self.write(name, reached, step)
 
 # %% ../../nbs/study/04_checkpoints.ipynb #e634dba1
 def checkpoints_done(
@@ -115,13 +132,6 @@ def checkpoints_done(
     folder = Path(folder)
     models = all((folder / name / NOTE_FILE).exists() for name in CHECKPOINTS)
     return models and (folder / "fine_tuning.json").exists()
-
-
-def _checkpoint(name, validation, step):
-    "What is noted with a checkpoint; `near` and `best` are candidates for 75 and 90."
-    name = {"near": "75", "best": "90"}.get(name, name)
-    target = CHECKPOINTS[name]
-    return Checkpoint(name, target, validation, step, validation >= target - 0.02)
 
 
 def _finish(folder, history, seen, config):

@@ -70,16 +70,15 @@ def load_snippets(
         )
     frame = frame.assign(label=(frame.rating > 0).astype(int))[["sentence", "label"]]
     frame = frame.iloc[np.random.default_rng(0).permutation(len(frame))]
-    parts = {
-        "test": frame.iloc[:test],
-        "validation": frame.iloc[test : test + validation],
-        "train": frame.iloc[test + validation :],
-    }
+    held = test + validation
+    return _as_splits(frame.iloc[held:], frame.iloc[test:held], frame.iloc[:test])
+
+# %% ../../nbs/study/03_datasets.ipynb #splits-code
+def _as_splits(train, validation, test):
+    "Data frames as the splits of a data set."
+    parts = {"train": train, "validation": validation, "test": test}
     return DatasetDict(
-        {
-            name: Dataset.from_pandas(parts[name], preserve_index=False)
-            for name in ("train", "validation", "test")
-        }
+        {name: Dataset.from_pandas(part, preserve_index=False) for name, part in parts.items()}
     )
 
 # %% ../../nbs/study/03_datasets.ipynb #d2645cdb
@@ -165,10 +164,7 @@ def load_sst2(
     else:
         train, test = _sst2_from_hub()
     train, held = carve_validation(train, validation)
-    parts = {"train": train, "validation": held, "test": test}
-    return DatasetDict(
-        {name: Dataset.from_pandas(part, preserve_index=False) for name, part in parts.items()}
-    )
+    return _as_splits(train, held, test)
 
 # %% ../../nbs/study/03_datasets.ipynb #hub-code
 def _sst2_from_hub():

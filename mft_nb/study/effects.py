@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'CELL', 'effects', 'name_of', 'in_points', 'verdict', 'effects_table', 'against', 'main_runs', 'main_effects',
-           'read_inspections', 'agreement', 'candidates', 'unmasked_on_validation', 'harmless_fraction',
-           'constant_answer', 'knowledge_kept']
+           'candidates', 'unmasked_on_validation', 'harmless_fraction', 'constant_answer', 'knowledge_kept',
+           'read_inspections', 'agreement']
 
 # %% ../../nbs/study/13_effects.ipynb #need-effects
 from ..files import need_extra
@@ -186,42 +186,6 @@ def main_effects(
     "The effects that several pages show, so that a treatment has the same p-value on each."
     return effects(main_runs(folder))
 
-# %% ../../nbs/study/13_effects.ipynb #1fc50101-s
-def read_inspections(
-    folder: str | Path,  # of one profile's records
-    kind: str,  # of `mft_nb.study.plan.INSPECTION_NAMES`
-    required: bool = True,  # whether to raise MissingRecords if there are none
-) -> list[dict]:  # records sorted by seed
-    "Every inspection of a kind."
-    paths = sorted(Path(folder).glob(f"inspections/seed*-{kind}.json"))
-    if required and not paths:
-        raise MissingRecords(f"{folder} has no inspections named {kind}.")
-    return [read_record(path) for path in paths]
-
-# %% ../../nbs/study/13_effects.ipynb #e7540f56
-def _pair_kind(first, second):
-    "What two masks have in common, for grouping; None for a pair that says nothing."
-    (seed, at, method), (other_seed, other_at, other) = first, second
-    names = [METHOD_NAMES[m].removeprefix("MFT, ") for m in (method, other)]
-    if seed != other_seed:
-        return f"{names[0]}: two seeds" if (method, at) == (other, other_at) else None
-    if at != other_at:
-        return f"{names[0]}: two checkpoints of a seed" if method == other else None
-    return f"{names[0]} and {names[1]}"
-
-
-def agreement(
-    folder: str | Path,  # of one profile's records
-) -> pd.DataFrame:  # columns pair, fraction, chance (0 to 1); a row a pair of masks
-    "Overlap of what pairs of masks prune, by what the two have in common."
-    rows = []
-    for record in read_inspections(folder, "anatomy"):
-        for pair in record["happened"]["overlaps"]:
-            if kind := _pair_kind(pair["first"], pair["second"]):
-                row = {"pair": kind, "fraction": pair["share"], "chance": pair["chance"]}
-                rows.append(row)
-    return pd.DataFrame(rows)
-
 # %% ../../nbs/study/13_effects.ipynb #choice02-s
 def candidates(
     folder: str | Path,  # of one profile's records
@@ -290,3 +254,39 @@ def knowledge_kept(
     runs = mine[mine.method == method]
     runs = runs.assign(pruned=(1 - runs.keep).round(4), known=runs.accuracy - constant)
     return runs.pivot(index="seed", columns="pruned", values="known").div(whole, axis=0).dropna()
+
+# %% ../../nbs/study/13_effects.ipynb #1fc50101-s
+def read_inspections(
+    folder: str | Path,  # of one profile's records
+    kind: str,  # of `mft_nb.study.plan.INSPECTION_NAMES`
+    required: bool = True,  # whether to raise MissingRecords if there are none
+) -> list[dict]:  # records sorted by seed
+    "Every inspection of a kind."
+    paths = sorted(Path(folder).glob(f"inspections/seed*-{kind}.json"))
+    if required and not paths:
+        raise MissingRecords(f"{folder} has no inspections named {kind}.")
+    return [read_record(path) for path in paths]
+
+# %% ../../nbs/study/13_effects.ipynb #e7540f56
+def _pair_kind(first, second):
+    "What two masks have in common, for grouping; None for a pair that says nothing."
+    (seed, at, method), (other_seed, other_at, other) = first, second
+    names = [METHOD_NAMES[m].removeprefix("MFT, ") for m in (method, other)]
+    if seed != other_seed:
+        return f"{names[0]}: two seeds" if (method, at) == (other, other_at) else None
+    if at != other_at:
+        return f"{names[0]}: two checkpoints of a seed" if method == other else None
+    return f"{names[0]} and {names[1]}"
+
+# %% ../../nbs/study/13_effects.ipynb #agreement-code
+def agreement(
+    folder: str | Path,  # of one profile's records
+) -> pd.DataFrame:  # columns pair, fraction, chance (0 to 1); a row a pair of masks
+    "Overlap of what pairs of masks prune, by what the two have in common."
+    rows = []
+    for record in read_inspections(folder, "anatomy"):
+        for pair in record["happened"]["overlaps"]:
+            if kind := _pair_kind(pair["first"], pair["second"]):
+                row = {"pair": kind, "fraction": pair["share"], "chance": pair["chance"]}
+                rows.append(row)
+    return pd.DataFrame(rows)

@@ -49,6 +49,109 @@ DISTANCES = (0.0, 0.1, 0.2, 0.3, 0.4)  # in lengths of the weights' rows
 ROUNDS = 20  # with a new gradient each
 FINE_ROUNDS = 100  # the same in smaller parts
 
+# %% ../../nbs/study/10_inspections.ipynb #overlap-code
+def _overlap_entry(first, second):
+    "The overlap of what two masks prune, by the names that records have for it."
+    found = overlap(first, second)
+    return {
+        "shared": found.shared,
+        "share": found.fraction,
+        "chance": found.chance,
+        "jaccard": found.jaccard,
+    }
+
+# %% ../../nbs/study/10_inspections.ipynb #overlaps-code
+def _overlaps(masks):
+    "How far masks agree on what they prune, with what chance gives."
+    named = {(run.seed, run.checkpoint, run.method): mask for run, mask in masks.items()}
+    return [
+        {"first": list(first), "second": list(second)} | _overlap_entry(mask, other)
+        for (first, mask), (second, other) in combinations(named.items(), 2)
+    ]
+
+# %% ../../nbs/study/10_inspections.ipynb #e4a70007
+def _anatomy(run, mask, model):
+    "Where a mask's zeros lie: by matrix, head and neuron."
+    heads = model.config.num_attention_heads
+    neurons = {name: mask.density_by_neuron(name) for name in mask}
+    variance = mask.density * (1 - mask.density)
+    outputs = [name for name in mask if "attention" in name and name.endswith("dense.weight")]
+    outputs += [name for name in mask if name.endswith("attn.o.weight")]  # as MPNet calls it
+    return {
+        "run": asdict(run),
+        "density_by_tensor": mask.density_by_tensor(),
+        "density_by_head": {name: mask.density_by_head(name, heads).tolist() for name in outputs},
+        "neuron_spread": {name: density.std().item() for name, density in neurons.items()},
+        "neuron_chance": {name: (variance / kept.shape[1]) ** 0.5 for name, kept in mask.items()},
+        "least_kept_neuron": {name: density.min().item() for name, density in neurons.items()},
+    }
+
+# %% ../../nbs/study/10_inspections.ipynb #e4a70006
+def _descent(model, tokenizer, rows, weights, masks, evaluate, rounds=ROUNDS):
+    "What pruning by the gradient does to the loss."
+    gradients = mean_gradient(model, tokenizer, rows, weights)
+    measure = partial(evaluate, model)
+    paths = masks | {
+        "gradient_all": toward_zero_mask(weights, gradients),
+        "gradient_fastest": fastest_mask(weights, gradients, 0.9),
+    }
+    named = paths | {
+        "magnitude": magnitude_mask(weights, 0.9),
+        "importance": importance_mask(weights, gradients, 0.9),
+    }
+    return {
+        "rows": len(rows),
+        "whole": measure(),
+        "lines": [
+            {"mask": name, "points": interpolate(weights, mask, LINE, measure)}
+            | {"predicted": predicted_change(weights, gradients, mask)}
+            for name, mask in paths.items()
+        ],
+        "cuts": prune_by_fraction(weights, gradients, FRACTIONS, measure),
+        "rounds": prune_in_rounds(model, tokenizer, rows, weights, 0.1, rounds, measure),
+        "overlaps": [
+            {"first": first, "second": second} | _overlap_entry(named[first], named[second])
+            for first, second in combinations(named, 2)
+        ],
+    }
+
+# %% ../../nbs/study/10_inspections.ipynb #rounds01
+def _fine_rounds(model, tokenizer, rows, weights, evaluate, on_test, rounds=FINE_ROUNDS):
+    "A tenth by the gradient in many parts; ten times evaluated on test sentences too."
+    count = 0
+
+    def measure():
+        nonlocal count
+        count += 1
+        far = on_test(model) if count % (rounds // 10) == 0 else {}
+        return evaluate(model) | {f"test_{name}": value for name, value in far.items()}
+
+    whole = evaluate(model) | {f"test_{name}": value for name, value in on_test(model).items()}
+    found = prune_in_rounds(model, tokenizer, rows, weights, 0.1, rounds, measure)
+    return {"rows": len(rows), "whole": whole, "rounds": found}
+
+# %% ../../nbs/study/10_inspections.ipynb #landscape-code
+def _landscape(model, tokenizer, rows, weights, masks, evaluate):
+    "The loss around a checkpoint and around its masked selves."
+    found = {"none": around(weights, DISTANCES, 5, partial(evaluate, model))}
+    for name, mask in masks.items():
+        with AppliedMask(model, mask):
+            found[name] = around(weights, DISTANCES, 5, partial(evaluate, model))
+    return {"rows": len(rows), "around": found}
+
+# %% ../../nbs/study/10_inspections.ipynb #pulls001
+def _pulls(run, model, tokenizer, rows):
+    "What pulls at the scores, by recipe, and with BERT-MFT's penalty as a mean."
+    averaged = replace(MaskConfig.recipe("bert_mft"), l1_reduction="mean")
+    recipes = {"mft_seed": None, "mft_seed, mean": averaged, "mft_paper": None}
+    found = {}
+    for name, config in (recipes | {"mft_recommended": None}).items():
+        recipe = RECIPE_OF[name.split(",")[0]]
+        config = replace(config or MaskConfig.recipe(recipe), init_seed=run.seed)
+        training = TrainConfig.recipe(recipe)
+        found[name] = pull_on_scores(model, tokenizer, rows, config, training)
+    return found
+
 # %% ../../nbs/study/10_inspections.ipynb #e4a70005
 def run_inspection(
     run: Run,  # with a method of `INSPECTION_NAMES`
@@ -77,106 +180,3 @@ def run_inspection(
     trained["random"] = random_mask(weights, run.keep if run.keep < 1 else 0.9, seed=run.seed)
     inspected = _descent if run.method == "descent" else _landscape
     return inspected(model, tokenizer, rows, weights, trained, evaluate)
-
-# %% ../../nbs/study/10_inspections.ipynb #overlap-code
-def _overlap_entry(first, second):
-    "The overlap of what two masks prune, by the names that records have for it."
-    found = overlap(first, second)
-    return {
-        "shared": found.shared,
-        "share": found.fraction,
-        "chance": found.chance,
-        "jaccard": found.jaccard,
-    }
-
-# %% ../../nbs/study/10_inspections.ipynb #e4a70007
-def _anatomy(run, mask, model):
-    "Where a mask's zeros lie: by matrix, head and neuron."
-    heads = model.config.num_attention_heads
-    neurons = {name: mask.density_by_neuron(name) for name in mask}
-    variance = mask.density * (1 - mask.density)
-    outputs = [name for name in mask if "attention" in name and name.endswith("dense.weight")]
-    outputs += [name for name in mask if name.endswith("attn.o.weight")]  # as MPNet calls it
-    return {
-        "run": asdict(run),
-        "density_by_tensor": mask.density_by_tensor(),
-        "density_by_head": {name: mask.density_by_head(name, heads).tolist() for name in outputs},
-        "neuron_spread": {name: density.std().item() for name, density in neurons.items()},
-        "neuron_chance": {name: (variance / kept.shape[1]) ** 0.5 for name, kept in mask.items()},
-        "least_kept_neuron": {name: density.min().item() for name, density in neurons.items()},
-    }
-
-# %% ../../nbs/study/10_inspections.ipynb #overlaps-code
-def _overlaps(masks):
-    "How far masks agree on what they prune, with what chance gives."
-    named = {(run.seed, run.checkpoint, run.method): mask for run, mask in masks.items()}
-    return [
-        {"first": list(first), "second": list(second)} | _overlap_entry(mask, other)
-        for (first, mask), (second, other) in combinations(named.items(), 2)
-    ]
-
-# %% ../../nbs/study/10_inspections.ipynb #e4a70006
-def _descent(model, tokenizer, rows, weights, masks, evaluate):
-    "What pruning by the gradient does to the loss."
-    gradients = mean_gradient(model, tokenizer, rows, weights)
-    measure = partial(evaluate, model)
-    paths = masks | {
-        "gradient_all": toward_zero_mask(weights, gradients),
-        "gradient_fastest": fastest_mask(weights, gradients, 0.9),
-    }
-    named = paths | {
-        "magnitude": magnitude_mask(weights, 0.9),
-        "importance": importance_mask(weights, gradients, 0.9),
-    }
-    return {
-        "rows": len(rows),
-        "whole": measure(),
-        "lines": [
-            {"mask": name, "points": interpolate(weights, mask, LINE, measure)}
-            | {"predicted": predicted_change(weights, gradients, mask)}
-            for name, mask in paths.items()
-        ],
-        "cuts": prune_by_fraction(weights, gradients, FRACTIONS, measure),
-        "rounds": prune_in_rounds(model, tokenizer, rows, weights, 0.1, ROUNDS, measure),
-        "overlaps": [
-            {"first": first, "second": second} | _overlap_entry(named[first], named[second])
-            for first, second in combinations(named, 2)
-        ],
-    }
-
-# %% ../../nbs/study/10_inspections.ipynb #rounds01
-def _fine_rounds(model, tokenizer, rows, weights, evaluate, on_test):
-    "A tenth by the gradient in many parts; every tenth time evaluated on test sentences too."
-    count = 0
-
-    def measure():
-        nonlocal count
-        count += 1
-        far = on_test(model) if count % (FINE_ROUNDS // 10) == 0 else {}
-        return evaluate(model) | {f"test_{name}": value for name, value in far.items()}
-
-    whole = evaluate(model) | {f"test_{name}": value for name, value in on_test(model).items()}
-    found = prune_in_rounds(model, tokenizer, rows, weights, 0.1, FINE_ROUNDS, measure)
-    return {"rows": len(rows), "whole": whole, "rounds": found}
-
-# %% ../../nbs/study/10_inspections.ipynb #landscape-code
-def _landscape(model, tokenizer, rows, weights, masks, evaluate):
-    "The loss around a checkpoint and around its masked selves."
-    found = {"none": around(weights, DISTANCES, 5, partial(evaluate, model))}
-    for name, mask in masks.items():
-        with AppliedMask(model, mask):
-            found[name] = around(weights, DISTANCES, 5, partial(evaluate, model))
-    return {"rows": len(rows), "around": found}
-
-# %% ../../nbs/study/10_inspections.ipynb #pulls001
-def _pulls(run, model, tokenizer, rows):
-    "What pulls at the scores, by recipe, and with BERT-MFT's penalty as a mean."
-    averaged = replace(MaskConfig.recipe("bert_mft"), l1_reduction="mean")
-    recipes = {"mft_seed": None, "mft_seed, mean": averaged, "mft_paper": None}
-    found = {}
-    for name, config in (recipes | {"mft_recommended": None}).items():
-        recipe = RECIPE_OF[name.split(",")[0]]
-        config = replace(config or MaskConfig.recipe(recipe), init_seed=run.seed)
-        training = TrainConfig.recipe(recipe)
-        found[name] = pull_on_scores(model, tokenizer, rows, config, training)
-    return found

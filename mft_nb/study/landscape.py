@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
@@ -33,21 +34,6 @@ from .controls import importance_mask
 from .gradient import fastest_mask, mean_gradient, toward_zero
 from ..topk import top_k
 from ..train import TrainConfig
-
-# %% ../../nbs/study/07_landscape.ipynb #33904e5e
-@contextmanager
-def _restored(
-    weights: Mapping[str, Tensor],  # parameters of a model
-) -> Iterable[dict[str, Tensor]]:  # copies of them, by name
-    "Put weights back as they were."
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    try:
-        with torch.no_grad():
-            yield before
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(before[name])
 
 # %% ../../nbs/study/07_landscape.ipynb #interpolate-code
 def interpolate(
@@ -64,6 +50,31 @@ def interpolate(
                 weights[name].copy_(torch.where(kept, before[name], (1 - point) * before[name]))
             found.append({"at": float(point), **measure()})
     return found
+
+# %% ../../nbs/study/07_landscape.ipynb #33904e5e
+@contextmanager
+def _restored(
+    weights: Mapping[str, Tensor],  # parameters of a model
+) -> Iterable[dict[str, Tensor]]:  # copies of them, by name
+    "Put weights back as they were."
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            yield before
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+
+# %% ../../nbs/study/07_landscape.ipynb #ef6909d4
+def predicted_change(
+    weights: Mapping[str, Tensor],  # by name
+    gradients: Mapping[str, Tensor],  # of the loss, same names and shapes
+    mask: BitMask,  # same names and shapes
+) -> float:  # in the unit of the loss; below 0: the loss should fall
+    "What the first order says of setting the weights that a mask prunes to zero."
+    products = toward_zero(weights, gradients)
+    return -sum(products[name][~mask[name]].sum(dtype=torch.float64).item() for name in mask)
 
 # %% ../../nbs/study/07_landscape.ipynb #5c9c114b
 def _fastest_of_small(weights, gradients, keep):
@@ -84,16 +95,6 @@ PRUNE_RULES = {  # name: function of weights, gradients, fraction to keep
     "magnitude": lambda weights, gradients, keep: magnitude_mask(weights, keep),
     "random": lambda weights, gradients, keep: random_mask(weights, keep, seed=0),
 }
-
-# %% ../../nbs/study/07_landscape.ipynb #ef6909d4
-def predicted_change(
-    weights: Mapping[str, Tensor],  # by name
-    gradients: Mapping[str, Tensor],  # of the loss, same names and shapes
-    mask: BitMask,  # same names and shapes
-) -> float:  # in the unit of the loss; below 0: the loss should fall
-    "What the first order says of setting the weights that a mask prunes to zero."
-    products = toward_zero(weights, gradients)
-    return -sum(products[name][~mask[name]].sum(dtype=torch.float64).item() for name in mask)
 
 # %% ../../nbs/study/07_landscape.ipynb #prune-code
 def prune_by_fraction(
@@ -164,24 +165,26 @@ class Evaluator:
             for start in range(0, len(columns), batch_size)
         ]
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: nn.Module,  # a sequence classifier; put in evaluation mode
-    ) -> dict[str, float]:  # loss (mean cross-entropy); accuracy, positive (said 1), both 0 to 1
-        "Evaluate a model."
-        model.eval()
-        device = next(model.parameters()).device
-        loss, right, positive, count = 0.0, 0, 0, 0
-        for batch in self.batches:
-            batch = batch.to(device)
-            labels = batch["labels"]
-            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-            total = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
-            said = logits.argmax(dim=1)
-            loss, count = loss + total.item(), count + len(labels)
-            right, positive = right + (said == labels).sum().item(), positive + said.sum().item()
-        return {"loss": loss / count, "accuracy": right / count, "positive": positive / count}
+# %% ../../nbs/study/07_landscape.ipynb #call-code
+@patch
+@torch.no_grad()
+def __call__(
+    self: Evaluator,
+    model: nn.Module,  # a sequence classifier; put in evaluation mode
+) -> dict[str, float]:  # loss (mean cross-entropy); accuracy, positive (said 1), both 0 to 1
+    "Evaluate a model."
+    model.eval()
+    device = next(model.parameters()).device
+    loss, right, positive, count = 0.0, 0, 0, 0
+    for batch in self.batches:
+        batch = batch.to(device)
+        labels = batch["labels"]
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        total = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+        said = logits.argmax(dim=1)
+        loss, count = loss + total.item(), count + len(labels)
+        right, positive = right + (said == labels).sum().item(), positive + said.sum().item()
+    return {"loss": loss / count, "accuracy": right / count, "positive": positive / count}
 
 # %% ../../nbs/study/07_landscape.ipynb #263f2f96
 def prune_in_rounds(

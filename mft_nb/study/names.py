@@ -22,6 +22,8 @@ RECIPE_OF = {  # method: the name of its recipe in the library
     "mft_paper": "paper",
     "mft_recommended": "recommended",
 }
+
+# %% ../../nbs/study/00_names.ipynb #controls-names
 CONTROL_NAMES = {
     "importance": "importance mask",
     "continued": "continued fine-tuning",
@@ -29,6 +31,8 @@ CONTROL_NAMES = {
     "lora": "LoRA on the same layers",
     "head": "head only",
 }
+
+# %% ../../nbs/study/00_names.ipynb #models-names
 MODEL_NAMES = {  # by profile
     "embedded": "MiniLM",
     "sst2": "MiniLM",

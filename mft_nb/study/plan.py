@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from ..fraction import check_keep
 from ..model import KNOWN_MODELS
@@ -68,19 +69,21 @@ PROFILES = {
         shared=True,
         studies=("table", "sweep"),
     ),
-    "sst2": Profile(
-        name="sst2",
-        data="sst2",
-        model="minilm",
-        fine_tuning=TrainConfig(learning_rate=1e-4, epochs=1, batch_size=64, warmup_steps=20),
-        early_every=4,
-        late_every=50,
-        look_rows=600,
-        watch_rows=300,
-        mask_rows=6000,
-        gradient_rows=1024,
-    ),
 }
+
+# %% ../../nbs/study/08_plan.ipynb #sst2-profile
+PROFILES["sst2"] = Profile(
+    name="sst2",
+    data="sst2",
+    model="minilm",
+    fine_tuning=TrainConfig(learning_rate=1e-4, epochs=1, batch_size=64, warmup_steps=20),
+    early_every=4,
+    late_every=50,
+    look_rows=600,
+    watch_rows=300,
+    mask_rows=6000,
+    gradient_rows=1024,
+)
 PROFILES["base"] = replace(
     PROFILES["sst2"],
     name="base",
@@ -112,7 +115,7 @@ def with_precision(
     tuning = replace(profile.fine_tuning, precision=precision)
     return replace(profile, precision=precision, fine_tuning=tuning)
 
-
+# %% ../../nbs/study/08_plan.ipynb #slow-code
 def bfloat16_is_slow() -> bool:  # True for an x86 processor without products of its own for it
     "Whether training in bfloat16 would take a hundred times as long as in float32 here."
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -166,7 +169,7 @@ def _cells(checkpoints, methods, keeps=(0.9,), variants=("",)):
     for checkpoint, method, keep, variant in product(checkpoints, methods, keeps, variants):
         yield checkpoint, method, 1.0 if method in _NO_KEEP else keep, variant
 
-
+# %% ../../nbs/study/08_plan.ipynb #studies-first
 STUDIES = {  # name: what is run for each seed
     "table": [*_cells(CHECKPOINTS, METHOD_NAMES)],
     "controls": [*_cells(CHECKPOINTS, CONTROL_NAMES)],
@@ -179,6 +182,10 @@ STUDIES = {  # name: what is run for each seed
         for method, rates in RATES.items()
         for cell in _cells(("90", "baseline"), (method,), variants=[f"rate_{r:g}" for r in rates])
     ],
+}
+
+# %% ../../nbs/study/08_plan.ipynb #studies-last
+STUDIES |= {
     "waterfall": [*_cells(("90",), ("mft_seed",), variants=FACTORS)],
     "report": [*_cells(CHECKPOINTS, ("mft_seed",), variants=("l1_start",))],
     "checks": [
@@ -195,7 +202,7 @@ STUDIES = {  # name: what is run for each seed
     "inspections": [*_cells(("90",), INSPECTION_NAMES)],
 }
 
-# %% ../../nbs/study/08_plan.ipynb #e4a70003
+# %% ../../nbs/study/08_plan.ipynb #allowed-code
 _ALLOWED = {
     "checkpoint": CHECKPOINTS,
     "method": (*METHOD_NAMES, *CONTROL_NAMES, *INSPECTION_NAMES),
@@ -203,7 +210,7 @@ _ALLOWED = {
     "variant": ("", *VARIANTS),
 }
 
-
+# %% ../../nbs/study/08_plan.ipynb #e4a70003
 @dataclass(frozen=True)
 class Run:
     "One method on one checkpoint of one seed."
@@ -240,10 +247,7 @@ def plan(
 ) -> list[Run]:  # in the order in which they are tried
     "Every run of some studies of a profile."
     chosen = get_profile(profile)
-    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
-        raise ValueError(
-            f"seeds is {seeds!r}; allowed are whole numbers from 0, such as (0, 1, 2)."
-        )
+    _check_seeds(seeds)
     runs = []
     for study in studies or chosen.studies:
         if study == "sweep":
@@ -258,12 +262,20 @@ def plan(
             raise ValueError(f"studies holds {study!r}; known are sweep, {', '.join(STUDIES)}.")
     return runs
 
-
+# %% ../../nbs/study/08_plan.ipynb #sweep-code
 def _sweep(profile, seed):
     "Runs over `keep` on the converged model; their records lie in the folder of the table."
     return [
         Run(profile, seed, "90", method, keep) for method, keeps in SWEEP.items() for keep in keeps
     ]
+
+
+def _check_seeds(seeds):
+    "Refuse what are no seeds."
+    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
+        raise ValueError(
+            f"seeds is {seeds!r}; allowed are whole numbers from 0, such as (0, 1, 2)."
+        )
 
 # %% ../../nbs/study/08_plan.ipynb #e4a70010
 def needed_masks(
@@ -303,29 +315,35 @@ class Workspace:
         "The file of a run's record."
         return self.records(run.profile, run.study) / f"{run.name}.json"
 
-    def mask(
-        self,
-        run: Run,  # of a method that trains a mask
-    ) -> Path:  # out/masks/PROFILE/.../NAME.safetensors
-        "The file of a run's trained mask."
-        folder = self.records(run.profile, run.study).relative_to(Path(self.out) / "results")
-        return Path(self.out) / "masks" / folder / f"{run.name}.safetensors"
+# %% ../../nbs/study/08_plan.ipynb #wspace-more
+@patch
+def mask(
+    self: Workspace,
+    run: Run,  # of a method that trains a mask
+) -> Path:  # out/masks/PROFILE/.../NAME.safetensors
+    "The file of a run's trained mask."
+    folder = self.records(run.profile, run.study).relative_to(Path(self.out) / "results")
+    return Path(self.out) / "masks" / folder / f"{run.name}.safetensors"
 
-    def checkpoints(
-        self,
-        profile: str,  # name of a profile
-        seed: int,  # of its fine-tuning
-    ) -> Path:  # out/checkpoints/PROFILE/seedN
-        "The folder of a seed's checkpoints."
-        return Path(self.out) / "checkpoints" / profile / f"seed{seed}"
 
-    def shared(
-        self,
-        profile: str,  # name of a profile
-        seed: int,  # of its fine-tuning
-    ) -> Path:  # out/shared/PROFILE/seedN, while the experiment runs
-        "The folder of what the runs of one seed have in common."
-        return Path(self.out) / "shared" / profile / f"seed{seed}"
+@patch
+def checkpoints(
+    self: Workspace,
+    profile: str,  # name of a profile
+    seed: int,  # of its fine-tuning
+) -> Path:  # out/checkpoints/PROFILE/seedN
+    "The folder of a seed's checkpoints."
+    return Path(self.out) / "checkpoints" / profile / f"seed{seed}"
+
+
+@patch
+def shared(
+    self: Workspace,
+    profile: str,  # name of a profile
+    seed: int,  # of its fine-tuning
+) -> Path:  # out/shared/PROFILE/seedN, while the experiment runs
+    "The folder of what the runs of one seed have in common."
+    return Path(self.out) / "shared" / profile / f"seed{seed}"
 
 # %% ../../nbs/study/08_plan.ipynb #e4a70009
 @dataclass(frozen=True)
@@ -338,6 +356,7 @@ class Part:
     checkpoints: tuple[str, ...] = ()  # likewise
     variants: tuple[str, ...] = ()  # "" is the method's own settings
     keeps: tuple[float, ...] = ()  # fractions to keep
+    why: str = ""  # why these runs and no others
 
     def runs(self, profile: str) -> list[Run]:  # in the order in which they are tried
         "The runs of this part on a profile."
@@ -349,43 +368,60 @@ class Part:
         return all(not allowed or value in allowed for allowed, value in limits)
 
 # %% ../../nbs/study/08_plan.ipynb #d69c47cc
-_OURS = ("mft_recommended",)
-_MORE_ROWS = ("rows_24000",)
-_SMALL = ("", *(name for name in CHOICES if name not in _MORE_ROWS))
-_FIRST_TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
+_FIRST, _LATER = (0, 1, 2, 3, 4), (5, 6)  # seeds of the first machine, of the second
 PUBLISHED = {  # profile: what has records in the project's results/, or will
-    "embedded": (Part("table", (0, 1, 2)), Part("sweep", (0, 1, 2))),
-    "sst2": (
-        Part("table", (0, 1, 2, 3, 4)),
-        Part("table", (5, 6), ("none", "random", "magnitude", "mft_recommended")),
-        Part("controls", (0, 1, 2, 3, 4), checkpoints=("90", "baseline")),
-        Part("controls", (0, 1, 2, 3, 4), ("importance", "continued"), ("75",)),
-        Part("controls", (0, 1, 2), ("plain", "head"), ("75",)),
-        Part("waterfall", (0, 1, 2, 3, 4)),
-        Part("curves", (0, 1, 2, 5, 6), ("random", "magnitude")),
-        Part("curves", (5, 6), _OURS),
-        Part("ablations", (5, 6), _OURS, variants=_SMALL),
-        Part("ablations", (0,), _OURS, variants=_FIRST_TRIED),
-        Part("ablations", (0, 1, 2), _OURS, variants=_MORE_ROWS),
-        Part("ablations", (0, 1, 2), ("mft_seed",)),
-        Part("ablations", (2,), ("continued",)),
-        Part("report", (0, 1, 2, 3, 4), checkpoints=("baseline",)),
-        Part("report", (5, 6)),
-        Part("inspections", (0, 1, 2), ("descent", "landscape", "anatomy", "pull")),
-        Part("inspections", (5, 6), ("rounds",)),
-        Part("rates", (5,), checkpoints=("90",)),
-        Part("controls", (5,), tuple(CONTROL_RATES), ("90",)),
+    "embedded": (
+        Part("table", (0, 1, 2), why="what `make reproduce` compares itself with"),
+        Part("sweep", (0, 1, 2), why="the same for other fractions"),
     ),
-    "base": (  # seeds 3 to 5 in float32, on a processor without bfloat16
-        Part("table", (0, 1, 2), checkpoints=("baseline",)),
-        Part("table", (0, 1, 2), ("none", "random"), ("75",)),
-        Part("table", (3, 4, 5), checkpoints=("75",)),
-        Part("table", (0, 1, 2), ("none", "random", "gradient_all", *RECIPE_OF), ("90",)),
-        Part("table", (3,), ("none",), ("90",)),
-        Part("table", (0, 1, 3), ("gradient_fastest", "magnitude"), ("90",)),
-        Part("checks", (0, 1, 2)),
+    "sst2": (
+        Part("table", _FIRST, why="the main table: eight treatments, five seeds"),
+        Part(
+            "table",
+            _LATER,
+            ("none", "random", "magnitude", "mft_recommended"),
+            why="what later studies on new checkpoints are compared with",
+        ),
+        Part("controls", _FIRST, checkpoints=("90", "baseline"), why="is a gain the mask's?"),
+        Part("controls", _FIRST, ("importance", "continued"), ("75",), why="half-trained, too"),
+        Part("controls", (0, 1, 2), ("plain", "head"), ("75",), why="the same, fewer seeds"),
     ),
 }
+
+# %% ../../nbs/study/08_plan.ipynb #publ-more
+_OURS = ("mft_recommended",)
+_ROWS = ("rows_24000",)
+_SMALL = ("", *(name for name in CHOICES if name not in _ROWS))
+_TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
+PUBLISHED["sst2"] += (
+    Part("waterfall", _FIRST, why="which difference between the recipes hurts?"),
+    Part("curves", (0, 1, 2, *_LATER), ("random", "magnitude"), why="how much can be pruned?"),
+    Part("curves", _LATER, _OURS, why="the same with a trained mask"),
+    Part("ablations", _LATER, _OURS, variants=_SMALL, why="which choice of our recipe matters?"),
+    Part("ablations", (0,), _OURS, variants=_TRIED, why="the same, tried first on one seed"),
+    Part("ablations", (0, 1, 2), _OURS, variants=_ROWS, why="do four times the rows help a mask?"),
+    Part("ablations", (0, 1, 2), ("mft_seed",), why="BERT-MFT's recipe, nine tenths pruned"),
+    Part("ablations", (2,), ("continued",), why="do four times the rows help fine-tuning?"),
+    Part("report", _FIRST, checkpoints=("baseline",), why="the chosen recipe, untrained head"),
+    Part("report", _LATER, why="the same on trained checkpoints, too"),
+    Part("inspections", (0, 1, 2), INSPECTION_NAMES[:4], why="why masks do what they do"),
+    Part("inspections", _LATER, ("rounds",), why="does the gradient idea work in small parts?"),
+    Part("rates", (5,), checkpoints=("90",), why="would another rate change the comparison?"),
+    Part("controls", (5,), tuple(CONTROL_RATES), ("90",), why="the usual rates, to compare with"),
+)
+
+# %% ../../nbs/study/08_plan.ipynb #publ-base
+_CENTRAL = ("none", "random", "gradient_all", *RECIPE_OF)
+_OTHER = ("gradient_fastest", "magnitude")
+PUBLISHED["base"] = (
+    Part("table", (0, 1, 2), checkpoints=("baseline",), why="untrained head, all treatments"),
+    Part("table", (0, 1, 2), ("none", "random"), ("75",), why="half-trained, on the first machine"),
+    Part("table", (3, 4, 5), checkpoints=("75",), why="half-trained, on the second machine"),
+    Part("table", (0, 1, 2), _CENTRAL, ("90",), why="converged: what claims are about"),
+    Part("table", (3,), ("none",), ("90",), why="what seed 3 is compared with"),
+    Part("table", (0, 1, 3), _OTHER, ("90",), why="converged: the other treatments"),
+    Part("checks", (0, 1, 2), why="do the main results hold for a larger model?"),
+)
 
 # %% ../../nbs/study/08_plan.ipynb #part0002
 def published_plan(

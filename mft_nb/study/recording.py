@@ -49,16 +49,21 @@ def write_record(
         rows = predictions.to_csv(index=False, lineterminator="\n")
         happened["predictions_sha256"] = hashlib.sha256(rows.encode()).hexdigest()
     record = {"format": RECORD_FORMAT, "asked": asked, "happened": happened, "where": where}
-    try:
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    except ValueError:
-        raise ValueError(
-            f"The run {name} gave NaN or infinity, so it has no record. Lower its learning rate."
-        ) from None
+    text = _as_json(name, record)
     if predictions is not None:
         write_whole(path.with_suffix(".csv"), rows)
     write_whole(path, text)
     return path
+
+# %% ../../nbs/study/02_recording.ipynb #as-json-code
+def _as_json(name, record):
+    "The text of a record; refused where a number is none."
+    try:
+        return json.dumps(record, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise ValueError(
+            f"The run {name} gave NaN or infinity, so it has no record. Lower its learning rate."
+        ) from None
 
 # %% ../../nbs/study/02_recording.ipynb #ff195358
 def describe_mask(
@@ -112,7 +117,7 @@ def record_result(
     result = paired_result(_right(path.parent, before), _right(path.parent, after))
     return replace(result, mask_sha256=after["happened"]["mask"]["sha256"])
 
-
+# %% ../../nbs/study/02_recording.ipynb #result-parts
 def _existing_record(path):
     "A record, or a sentence on why it is needed."
     if not path.is_file():

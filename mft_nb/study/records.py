@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/study/01_records.ipynb #c2f3f7ec
+# %% ../../nbs/study/01_records.ipynb #format-code
 RECORD_FORMAT = "mft_nb.record/1"
 CHANGING = ("started", "seconds", "commit")  # entries of `where` that differ between equal runs
 
-
+# %% ../../nbs/study/01_records.ipynb #c2f3f7ec
 def prediction_rows(
     logits: np.ndarray,  # (rows, 2)
     labels: list[int],  # (rows,) of 0 or 1

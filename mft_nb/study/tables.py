@@ -32,57 +32,15 @@ from mft_nb.stats import (
 from .names import CHECKPOINT_NAMES, CONTROL_NAMES, METHOD_NAMES, RECIPE_OF
 from .records import MissingRecords, read_predictions, read_records
 
-# %% ../../nbs/study/12_tables.ipynb #7c621174
-def results_frame(
-    folder: str | Path,  # of one profile's records
-    studies: tuple[str, ...] = (),  # names of its subfolders to read as well
-) -> pd.DataFrame:  # a row a run, sorted by seed, checkpoint, method, keep, variant
-    "Every evaluated run of a profile with its paired comparison; accuracies from 0 to 1."
-    places = (Path(folder), *(Path(folder) / study for study in studies))
-    files = [entry for place in places if place.is_dir() for entry in os.scandir(place)]
-    state = [(entry.path, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files]
-    return _read_frame(places, os.getcwd(), frozenset(state)).copy()
-
-
-@lru_cache(maxsize=8)
-def _read_frame(places, _here, _state):
-    "The frame of some folders, read once as long as they stay as they are."
-    records, correct, bases = [], [], {}
-    for place in places:
-        for record in read_records(place):
-            if "test" in record["happened"]:
-                rows = read_predictions(place, record)
-                records.append(record)
-                correct.append((rows.label == rows.prediction).to_numpy())
-    for record, right in zip(records, correct, strict=True):
-        if record["asked"]["method"] == "none":
-            bases[record["asked"]["seed"], record["asked"]["checkpoint"]] = right
-    if not records:
-        raise MissingRecords(
-            f"{places[0]} holds no evaluated run in {', '.join(one.name for one in places)}; "
-            "`mft_reproduce --studies table` makes those of the table."
-        )
-    pairs = zip(records, correct, strict=True)
-    frame = pd.DataFrame([_frame_row(record, right, bases) for record, right in pairs])
-    methods = METHOD_NAMES | CONTROL_NAMES
-    for name, order in (("method", methods), ("checkpoint", CHECKPOINT_NAMES)):
-        frame[name] = pd.Categorical(frame[name], list(order), ordered=True)
-    order = ["seed", "checkpoint", "method", "keep", "variant"]
-    return frame.sort_values(order, ignore_index=True)
-
 # %% ../../nbs/study/12_tables.ipynb #32f08b2f
 def _frame_row(record, correct, bases):
     "One run as a row; the paired columns are NaN where the unmasked run is missing."
     asked, test = record["asked"], record["happened"]["test"]
     row = {name: asked[name] for name in ("profile", "seed", "checkpoint", "method", "keep")}
     row |= {"study": asked.get("study", "table"), "variant": asked.get("variant", "")}
-    row |= {
-        "name": record["name"],
-        "n": test["n"],
-        "correct": test["correct"],
-        "accuracy": test["accuracy"],
-    }
-    row |= {"share_positive": test["class_share"][1]}
+    row["name"] = record["name"]
+    row |= {name: test[name] for name in ("n", "correct", "accuracy")}
+    row["share_positive"] = test["class_share"][1]
     row["validation"] = record["happened"].get("validation", {}).get("accuracy", np.nan)
     mask = record["happened"].get("mask")
     row["masked"] = 1 - mask["density"] if mask else 0.0
@@ -93,6 +51,51 @@ def _frame_row(record, correct, bases):
         row |= {"difference": paired.difference, "fixed": paired.fixed, "broken": paired.broken}
         row["p_value"] = paired.p_value
     return row
+
+# %% ../../nbs/study/12_tables.ipynb #7c621174
+def _read_runs(places):
+    "Every evaluated record of some folders, and which test sentences it got right."
+    records, correct = [], []
+    for place in places:
+        for record in read_records(place):
+            if "test" in record["happened"]:
+                rows = read_predictions(place, record)
+                records.append(record)
+                correct.append((rows.label == rows.prediction).to_numpy())
+    return records, correct
+
+# %% ../../nbs/study/12_tables.ipynb #frame-read
+@lru_cache(maxsize=8)
+def _read_frame(places, _here, _state):
+    "The frame of some folders, read once as long as they stay as they are."
+    records, correct = _read_runs(places)
+    if not records:
+        raise MissingRecords(
+            f"{places[0]} holds no evaluated run in {', '.join(one.name for one in places)}; "
+            "`mft_reproduce --studies table` makes those of the table."
+        )
+    bases = {}
+    for record, right in zip(records, correct, strict=True):
+        if record["asked"]["method"] == "none":
+            bases[record["asked"]["seed"], record["asked"]["checkpoint"]] = right
+    pairs = zip(records, correct, strict=True)
+    frame = pd.DataFrame([_frame_row(record, right, bases) for record, right in pairs])
+    methods = METHOD_NAMES | CONTROL_NAMES
+    for name, order in (("method", methods), ("checkpoint", CHECKPOINT_NAMES)):
+        frame[name] = pd.Categorical(frame[name], list(order), ordered=True)
+    order = ["seed", "checkpoint", "method", "keep", "variant"]
+    return frame.sort_values(order, ignore_index=True)
+
+# %% ../../nbs/study/12_tables.ipynb #frame-code
+def results_frame(
+    folder: str | Path,  # of one profile's records
+    studies: tuple[str, ...] = (),  # names of its subfolders to read as well
+) -> pd.DataFrame:  # a row a run, sorted by seed, checkpoint, method, keep, variant
+    "Every evaluated run of a profile with its paired comparison; accuracies from 0 to 1."
+    places = (Path(folder), *(Path(folder) / study for study in studies))
+    files = [entry for place in places if place.is_dir() for entry in os.scandir(place)]
+    state = [(entry.path, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in files]
+    return _read_frame(places, os.getcwd(), frozenset(state)).copy()
 
 # %% ../../nbs/study/12_tables.ipynb #daa973cb
 def accuracy_interval(
@@ -189,26 +192,15 @@ def table_notes(
     majority = majority_share(read_predictions(folder, records[shown.name.iloc[0]]).label)
     n, seeds = int(shown.n.iloc[0]), sorted(shown.seed.unique())
     kind = "Student's t over seeds" if len(seeds) > 1 else "Wilson's over sentences"
-    masks = shown[shown.method.isin(list(RECIPE_OF))]
-    masks = masks[masks.checkpoint == "90"]
-    flips = float(((masks.fixed + masks.broken) / masks.n).median())
     notes = [
         f"Majority class: {100 * majority:.2f} %.",
         f"Test sentences: {n}; random seeds: {', '.join(map(str, seeds))}; intervals: {kind}.",
         _reached_text(shown, records),
+        _detectable_text(shown, n),
     ]
-    if 0 < flips <= 1:
-        gain = minimum_detectable_gain(flips, n)
-    if 0 < flips <= 1 and np.isfinite(gain):
-        notes.append(
-            f"On the converged model the median trained mask flips {100 * flips:.1f} % of the "
-            "predictions; "
-            f"with so many, one seed can detect a gain of {100 * gain:.1f} points (80 % power, "
-            "two-sided 5 %)."
-        )
     return "\n".join(filter(None, notes))
 
-
+# %% ../../nbs/study/12_tables.ipynb #notes-reached
 def _reached_text(shown, records):
     "What each checkpoint reached on validation, whatever its name says."
     parts = []
@@ -218,3 +210,19 @@ def _reached_text(shown, records):
             reached = 100 * np.mean([note["validation"] for note in notes])
             parts.append(f"{CHECKPOINT_NAMES[checkpoint]}: {reached:.1f} %")
     return f"Reached on validation: {', '.join(parts)}." if parts else ""
+
+# %% ../../nbs/study/12_tables.ipynb #notes-detectable
+def _detectable_text(shown, n):
+    "The gain that one seed of n sentences can detect with as many flips as trained masks make."
+    masks = shown[shown.method.isin(list(RECIPE_OF)) & (shown.checkpoint == "90")]
+    flips = float(((masks.fixed + masks.broken) / masks.n).median())
+    if not 0 < flips <= 1:
+        return ""
+    gain = minimum_detectable_gain(flips, n)
+    if not np.isfinite(gain):
+        return ""
+    return (
+        f"On the converged model the median trained mask flips {100 * flips:.1f} % of the "
+        f"predictions; with so many, one seed can detect a gain of {100 * gain:.1f} points "
+        "(80 % power, two-sided 5 %)."
+    )

@@ -32,6 +32,35 @@ VERDICT_STYLES = {  # verdict: colour, marker; a colour of a treatment would say
     "inconclusive": (GREY, "v"),
 }
 
+# %% ../../../nbs/study/20_claim_figures.ipynb #ledgfig4
+_COUNTED = {  # how a title counts a verdict
+    "replicates": "replicate",
+    "contradicted": "contradicted",
+    "inconclusive": "inconclusive",
+}
+
+
+def _ledger_title(words):
+    "How many numbers have which verdict."
+    counts = [f"{words.count(word)} {name}" for word, name in _COUNTED.items() if word in words]
+    return f"Numbers that others reported: {', '.join(counts)}"
+
+
+def _claim_rows(axes, rows):
+    "A row a claim: reported as a hollow diamond, ours by the mark of its verdict."
+    for row, (claim, effect, word) in enumerate(rows):
+        color, marker = VERDICT_STYLES[word]
+        if effect.low == effect.low:
+            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color="0.7", lw=7)
+            further = [100 * effect.next_low, 100 * effect.next_high]
+            axes.plot(further, [row, row], color="0.7", lw=2)
+        axes.plot(100 * effect.difference, row, marker, color=color, ms=8)
+        axes.plot(100 * claim.effect, row, "D", color="black", mfc="none", ms=8)
+    axes.axvline(0, color="black", ls=":", lw=1)
+    names = [fill(claim.text, 24) for claim, _, _ in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
 # %% ../../../nbs/study/20_claim_figures.ipynb #2721650d
 @rc_context(STYLE)
 def ledger_figure(
@@ -49,40 +78,16 @@ def ledger_figure(
     axes = figure.subplots()
     _claim_rows(axes, rows)
     axes.set_xlabel("change of accuracy (points)")
-    words = pd.Series([word for _, _, word in rows]).value_counts()
+    words = pd.Series([word for _, _, word in rows])
     axes.plot([], [], "D", color="black", mfc="none", ms=8, label="reported")
-    for word in words.index:
+    for word in words.value_counts().index:
         color, marker = VERDICT_STYLES[word]
         axes.plot([], [], marker, color=color, label=f"ours: {word}")
     figure.legend(loc="outside lower center", ncols=2)
-    counts = [f"{words[word]} {name}" for word, name in _COUNTED.items() if word in words]
     note = f"{MODEL_NAMES.get(Path(folder).name, Path(folder).name)}. Thick bars: 95 % intervals "
     note += "over random seeds. Thin bars: where one more run would lie."
-    headline(figure, f"Numbers that others reported: {', '.join(counts)}", note)
+    headline(figure, _ledger_title(words.tolist()), note)
     return figure
-
-# %% ../../../nbs/study/20_claim_figures.ipynb #ledgfig4
-_COUNTED = {  # how a title counts a verdict
-    "replicates": "replicate",
-    "contradicted": "contradicted",
-    "inconclusive": "inconclusive",
-}
-
-
-def _claim_rows(axes, rows):
-    "A row a claim: reported as a hollow diamond, ours by the mark of its verdict."
-    for row, (claim, effect, word) in enumerate(rows):
-        color, marker = VERDICT_STYLES[word]
-        if effect.low == effect.low:
-            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color="0.7", lw=7)
-            further = [100 * effect.next_low, 100 * effect.next_high]
-            axes.plot(further, [row, row], color="0.7", lw=2)
-        axes.plot(100 * effect.difference, row, marker, color=color, ms=8)
-        axes.plot(100 * claim.effect, row, "D", color="black", mfc="none", ms=8)
-    axes.axvline(0, color="black", ls=":", lw=1)
-    names = [fill(claim.text, 24) for claim, _, _ in rows]
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 LEDGER: dict[str, Callable[[Path], Figure]] = {"ledger": ledger_figure}

@@ -44,22 +44,38 @@ from ..names import CHECKPOINT_NAMES, METHOD_NAMES, RECIPE_OF
 from ..records import MissingRecords, read_predictions, read_records
 from ..tables import accuracy_interval, results_frame
 
-# %% ../../../nbs/study/17_table_figures.ipynb #front-figure
+# %% ../../../nbs/study/17_table_figures.ipynb #front-runs
 FRONT = ("none", "random", OURS, "continued")
 
 
+def _front_runs(runs):
+    "Runs of the treatments of the figure, of the seeds that have all of them everywhere."
+    runs = runs[runs.method.isin(FRONT)]
+    count = runs.drop_duplicates(["seed", "checkpoint", "method"]).groupby("seed").size()
+    return runs[runs.seed.isin(count.index[count == len(FRONT) * len(CHECKPOINT_NAMES)])]
+
+# %% ../../../nbs/study/17_table_figures.ipynb #front-title
+def _front_title(frame):
+    "Whether masks lift weak models, and whether continued fine-tuning does less."
+    found = effects(frame).set_index(["method", "checkpoint"])
+    apart = effects(against(frame, OURS)).set_index(["method", "checkpoint"])
+    weak = ("baseline", "75")
+    lifted = all(verdict(found.loc[OURS, one]) == "helps" for one in weak)
+    less = any(verdict(apart.loc["continued", one]) == "hurts" for one in weak)
+    if not lifted:
+        return "Accuracy of four treatments on three checkpoints"
+    end = "does less" if less else "does about as much"
+    return f"Trained masks lift weak models; continued fine-tuning {end}"
+
+# %% ../../../nbs/study/17_table_figures.ipynb #front-figure
 @rc_context(STYLE)
 def front_figure(
     folder: str | Path,  # of one profile's records
 ) -> Figure:  # MissingRecords where no seed has all of it
     "Accuracy on the three checkpoints: no mask, a random one, ours, and further training."
-    frame = main_runs(folder)
-    frame = frame[frame.method.isin(FRONT)]
-    cells = frame.groupby("seed").apply(lambda one: one.groupby(["checkpoint", "method"]).ngroups)
-    seeds = sorted(cells.index[cells == len(FRONT) * len(CHECKPOINT_NAMES)])
-    if not seeds:
+    frame = _front_runs(main_runs(folder))
+    if frame.empty:
         raise MissingRecords(f"{folder} has no seed with {', '.join(FRONT)} on all checkpoints.")
-    frame = frame[frame.seed.isin(seeds)]
     figure = Figure(figsize=(WIDTH, 3), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(FRONT):
@@ -73,23 +89,10 @@ def front_figure(
     axes.set_xticks(range(len(CHECKPOINT_NAMES)), CHECKPOINT_NAMES.values())
     axes.set(ylabel="accuracy (%)", xlim=(-0.5, 2.5))
     legend_below(figure)
-    note = f"{caption_start(folder, seeds, int(frame.n.iloc[0]))} Bars: 95 % intervals over seeds. "
-    note += "Half-trained and converged: stopped at about 75 and 90 % on validation."
-    headline(figure, _front_title(frame), note)
+    note = f"{caption_start(folder, sorted(set(frame.seed)), int(frame.n.iloc[0]))} Bars: 95 % "
+    note += "intervals over seeds. Half-trained and converged: stopped at about 75 and 90 % on "
+    headline(figure, _front_title(frame), note + "validation.")
     return figure
-
-
-def _front_title(frame):
-    "Whether masks lift weak models, and whether continued fine-tuning does less."
-    found = effects(frame).set_index(["method", "checkpoint"])
-    apart = effects(against(frame, OURS)).set_index(["method", "checkpoint"])
-    weak = ("baseline", "75")
-    lifted = all(verdict(found.loc[OURS, one]) == "helps" for one in weak)
-    less = any(verdict(apart.loc["continued", one]) == "hurts" for one in weak)
-    if not lifted:
-        return "Accuracy of four treatments on three checkpoints"
-    end = "does less" if less else "does about as much"
-    return f"Trained masks lift weak models; continued fine-tuning {end}"
 
 # %% ../../../nbs/study/17_table_figures.ipynb #917f15be
 def _complete(folder, stems):
@@ -126,17 +129,12 @@ REPORTED = {  # accuracy before and after masking, in percent, as BERT-MFT print
 }
 
 
-def _stems(checkpoint):
-    "What the records of the table on a checkpoint are called, without the seed."
-    return [f"{checkpoint}-{method}" for method in METHOD_NAMES]
-
-
 def _whole_checkpoints(folder):
     "By checkpoint, the runs of the seeds that have its whole table, and the constant's accuracy."
     found, first = {}, None
     for checkpoint in CHECKPOINT_NAMES:
         try:
-            runs, majority = _runs(folder, _stems(checkpoint))
+            runs, majority = _runs(folder, [f"{checkpoint}-{method}" for method in METHOD_NAMES])
         except MissingRecords as error:
             first = first or error
             continue
@@ -160,8 +158,7 @@ def _table_rows(axes, runs, checkpoint, aside):
         mine = runs[runs.method == method]
         shape = {"marker": CHECKPOINT_MARKERS[checkpoint]}
         if len(mine) == 2:
-            place = 100 * mine.accuracy.mean(), row + aside
-            axes.plot(*place, color=COLORS[method], ls="", **shape)
+            axes.plot(100 * mine.accuracy.mean(), row + aside, color=COLORS[method], ls="", **shape)
             continue
         over = accuracy_interval(mine)
         _error_bar(axes, 100 * over.estimate, row + aside, over, method, along="x", **shape)
@@ -171,9 +168,9 @@ def _reported_marks(axes, checkpoint, aside, label):
     "Hollow marks for BERT-MFT's numbers, at what it described and what it computed."
     before, after = REPORTED[checkpoint]
     for method, value in (("none", before), ("mft_seed", after), ("random", after)):
-        place = value, list(METHOD_NAMES).index(method) + aside
+        row = list(METHOD_NAMES).index(method)
         style = {"color": GREY, "marker": CHECKPOINT_MARKERS[checkpoint], "ls": "", "mfc": "none"}
-        axes.plot(*place, label=label, ms=10, **style)
+        axes.plot(value, row + aside, label=label, ms=10, **style)
 
 # %% ../../../nbs/study/17_table_figures.ipynb #a1835d54
 def _changed_title(words):
@@ -320,6 +317,14 @@ def _harm(runs):
     first = len(clear) - np.argmin(clear[::-1]) if not clear.all() else 0
     return float(runs.masked.iloc[first])
 
+# %% ../../../nbs/study/17_table_figures.ipynb #gradient-title
+def _gradient_title(runs):
+    "Whether the gradient's choice hurts from a smaller fraction on than chance does."
+    fastest, random = (_harm(runs[runs.method == m]) for m in ("gradient_fastest", "random"))
+    if fastest and fastest < (random or 1):
+        return "Pruning what moves fastest toward zero hurts sooner than random pruning"
+    return "Accuracy when the fastest weights toward zero are pruned"
+
 # %% ../../../nbs/study/17_table_figures.ipynb #54d71c83
 def _fraction_interval(run, column):
     "Wilson's interval of a fraction of the test sentences."
@@ -375,14 +380,6 @@ def gradient_figure(
     headline(figure, _gradient_title(runs), caption)
     return figure
 
-
-def _gradient_title(runs):
-    "Whether the gradient's choice hurts from a smaller fraction on than chance does."
-    fastest, random = (_harm(runs[runs.method == m]) for m in ("gradient_fastest", "random"))
-    if fastest and fastest < (random or 1):
-        return "Pruning what moves fastest toward zero hurts sooner than random pruning"
-    return "Accuracy when the fastest weights toward zero are pruned"
-
 # %% ../../../nbs/study/17_table_figures.ipynb #f5d2750e
 SHAPES = (OURS, "magnitude", "random")
 KEEP_SWEEP = ["90-none"] + [
@@ -390,6 +387,16 @@ KEEP_SWEEP = ["90-none"] + [
     for method in SHAPES
     for keep in ("-keep0.1", "-keep0.25", "-keep0.5", "-keep0.75", "", "-keep0.95")
 ]
+
+
+def _keep_title(runs):
+    "Which kind of mask does no clear harm, even where it prunes most."
+    harmless = [method for method in SHAPES if _harm(runs[runs.method == method]) is None]
+    if len(harmless) == 1:
+        return f"Only {treatment_name(harmless[0])} does no clear harm at any fraction tried"
+    if harmless:
+        return "Some kinds of mask do no clear harm at any fraction"
+    return "Every kind of mask hurts where it prunes most"
 
 # %% ../../../nbs/study/17_table_figures.ipynb #6a1f6d69
 @rc_context(STYLE)
@@ -415,16 +422,6 @@ def keep_figure(
     headline(figure, _keep_title(runs), _sweep_caption(folder, runs, SHAPES) + note)
     return figure
 
-
-def _keep_title(runs):
-    "Which kind of mask does no clear harm, even where it prunes most."
-    harmless = [method for method in SHAPES if _harm(runs[runs.method == method]) is None]
-    if len(harmless) == 1:
-        return f"Only {treatment_name(harmless[0])} does no clear harm at any fraction tried"
-    if harmless:
-        return "Some kinds of mask do no clear harm at any fraction"
-    return "Every kind of mask hurts where it prunes most"
-
 # %% ../../../nbs/study/17_table_figures.ipynb #bf42ef70
 TRAINED = [f"{checkpoint}-{method}" for checkpoint in CHECKPOINT_NAMES for method in RECIPE_OF]
 
@@ -435,6 +432,11 @@ def _curve(record, name):
     if name == "measured":
         values = [value["changed"] for value in values]
     return pd.DataFrame({"step": steps, "value": 100 * np.array(values)})
+
+
+def _moved(curves):
+    "How far each curve goes from its first value to its last."
+    return [curve.value.iloc[-1] - curve.value.iloc[0] for curve in curves]
 
 # %% ../../../nbs/study/17_table_figures.ipynb #442d62ea
 def _curves(axes, curves, method):
@@ -470,12 +472,12 @@ def training_figure(
     gains, changed = {}, []
     for method in RECIPE_OF:
         mine = [records[f"seed{seed}-{checkpoint}-{method}"] for seed in seeds]
-        for axes, name in ((above, "validation"), (below, "measured")):
-            curves = [_curve(record, name) for record in mine]
-            _curves(axes, curves, method)
-            moved = [curve.value.iloc[-1] - curve.value.iloc[0] for curve in curves]
-            gains |= {method: np.mean(moved)} if name == "validation" else {}
-        changed.append(f"{range_text(moved, '{:.2g}')} % by {treatment_name(method)}")
+        accuracy = [_curve(one, "validation") for one in mine]
+        bits = [_curve(one, "measured") for one in mine]
+        _curves(above, accuracy, method)
+        _curves(below, bits, method)
+        gains[method] = np.mean(_moved(accuracy))
+        changed.append(f"{range_text(_moved(bits), '{:.2g}')} % by {treatment_name(method)}")
     above.set_ylabel("validation\naccuracy (%)")
     below.set(xlabel="optimizer steps", ylabel="mask bits\nchanged (%)")
     below.set_yscale("symlog", linthresh=1, linscale=0.5)  # no bit has changed at the first step
