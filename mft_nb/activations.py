@@ -200,6 +200,18 @@ class KeptActivations:
         "Delete the file; other objects that read it go on as they are."
         self.path.unlink(missing_ok=True)
 
+# %% ../nbs/25_activations.ipynb #span-of-row
+@patch
+def _span(self: KeptActivations, row):
+    "Where a row's values start and end."
+    span = self._spans.get(_row_key(row))
+    if span is None:
+        raise ValueError(
+            f"A row of {len(row['input_ids'])} tokens is not among the {len(self)} kept ones. Make "
+            "them with keep_activations from the same sentences, tokenizer and max_length."
+        )
+    return span
+
 # %% ../nbs/25_activations.ipynb #1f9df613
 class _Collator:
     "Pads a batch and adds the kept activations of its rows."
@@ -220,18 +232,6 @@ class _Collator:
         return batch
 
 # %% ../nbs/25_activations.ipynb #span-code
-@patch
-def _span(self: KeptActivations, row):
-    "Where a row's values start and end."
-    span = self._spans.get(_row_key(row))
-    if span is None:
-        raise ValueError(
-            f"A row of {len(row['input_ids'])} tokens is not among the {len(self)} kept ones. Make "
-            "them with keep_activations from the same sentences, tokenizer and max_length."
-        )
-    return span
-
-
 @patch
 def collator(
     self: KeptActivations,
@@ -261,6 +261,20 @@ class _Feed(threading.local):
         "After the model ran, also with an error."
         self.now = None
 
+    def check(self, model, keywords):
+        "Refuse what the layers that are left out would have to give."
+        config = getattr(model, "config", None)
+        for name in ("output_hidden_states", "output_attentions"):
+            if keywords.get(name) or getattr(config, name, False):
+                raise ValueError(
+                    f"{name} is on, but the lower layers are left out and have none. Turn it off, "
+                    "or run without kept activations."
+                )
+        use = (torch.is_grad_enabled(), model.training)
+        if any(use) and use not in self.checked:
+            check_trainable(model, self.layout, dropout=model.training)
+            self.checked.add(use)
+
 
 @patch
 def instead_of(self: _Feed, layer, size, last):
@@ -279,6 +293,21 @@ def instead_of(self: _Feed, layer, size, last):
         return as_returned(self.now.to(hidden.device) if last else hidden, size)
 
     return forward
+
+# %% ../nbs/25_activations.ipynb #d3ab449a
+@patch
+def _check_model(self: KeptActivations, model):
+    "Refuse a model whose lower layers are not those that the activations were computed with."
+    if model in _IN_USE:
+        raise ValueError(
+            "The model already uses other kept activations. Leave that context first, or keep the "
+            "rows of both in one: keep_activations(model, tokenizer, [rows, more_rows], ...)."
+        )
+    if weights_sha256(self._layout.below(model)) != self._weights_hash:
+        raise ValueError(
+            f"The weights below {self.first_layer} are not those that the activations were "
+            "computed with. Run keep_activations on this model."
+        )
 
 # %% ../nbs/25_activations.ipynb #e237b416
 _IN_USE = weakref.WeakKeyDictionary()  # model -> the KeptActivations that it uses now
@@ -422,37 +451,6 @@ def _make_room(path, needed, limit):
             f"use {excess:,} too many. Give a larger limit, or train without kept activations."
         )
     _unlink(chosen)
-
-# %% ../nbs/25_activations.ipynb #d3ab449a
-@patch
-def _check_model(self: KeptActivations, model):
-    "Refuse a model whose lower layers are not those that the activations were computed with."
-    if model in _IN_USE:
-        raise ValueError(
-            "The model already uses other kept activations. Leave that context first, or keep the "
-            "rows of both in one: keep_activations(model, tokenizer, [rows, more_rows], ...)."
-        )
-    if weights_sha256(self._layout.below(model)) != self._weights_hash:
-        raise ValueError(
-            f"The weights below {self.first_layer} are not those that the activations were "
-            "computed with. Run keep_activations on this model."
-        )
-
-# %% ../nbs/25_activations.ipynb #7ecf208d
-@patch
-def check(self: _Feed, model, keywords):
-    "Refuse what the layers that are left out would have to give."
-    config = getattr(model, "config", None)
-    for name in ("output_hidden_states", "output_attentions"):
-        if keywords.get(name) or getattr(config, name, False):
-            raise ValueError(
-                f"{name} is on, but the lower layers are left out and have none. Turn it off, or "
-                "run without kept activations."
-            )
-    use = (torch.is_grad_enabled(), model.training)
-    if any(use) and use not in self.checked:
-        check_trainable(model, self.layout, dropout=model.training)
-        self.checked.add(use)
 
 # %% ../nbs/25_activations.ipynb #b44ed8db
 def _check_same_outputs(model, kept, batch):

@@ -7,6 +7,7 @@ __all__ = ['AppliedMask']
 
 # %% ../nbs/09_applied.ipynb #applied-imports
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Self
 
@@ -21,7 +22,7 @@ from .holders import check_last, check_writable, hold, release
 class AppliedMask:
     "A mask that is in force on a model; `undo` restores every bit, also as a context manager."
 
-    how_to_undo = "Call undo() on its AppliedMask"  # for a message
+    how_to_undo = "Call undo() on its AppliedMask"  # for those who refuse the model
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class AppliedMask:
         self.weights = {name: weights[name] for name in mask}
         check_writable(self.weights)
         self.mask = BitMask({name: one.clone() for name, one in mask.items()})
-        self.thread = threading.current_thread().ident
+        self.thread = weakref.ref(threading.current_thread())  # for `hold`
         self._values = {}  # by name: what was set to zero, in row-major order
         hold(self.weights.values(), self)  # first: nobody else writes from here on
         try:
@@ -89,6 +90,11 @@ def check_zeros(self: AppliedMask) -> None:
     "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
     for name, zero in self._zeros():
         if self.weights[name].detach()[zero].any():
+            if not self._values:
+                raise RuntimeError(
+                    f"The mask is no longer in force, and the weight {name!r} is not zero where it "
+                    "prunes. Put it on again with AppliedMask(model, mask)."
+                )
             raise RuntimeError(
                 f"The weight {name!r} is no longer zero where the mask prunes it, as after "
                 "training it or merging an adapter into it. Take the mask off, which gives "
@@ -98,8 +104,13 @@ def check_zeros(self: AppliedMask) -> None:
 
 # %% ../nbs/09_applied.ipynb #copies-code
 @patch
+def __getstate__(self: AppliedMask):
+    return {name: value for name, value in self.__dict__.items() if name != "thread"}
+
+
+@patch
 def __setstate__(self: AppliedMask, state):
     self.__dict__.update(state)
-    self.thread = threading.current_thread().ident
+    self.thread = weakref.ref(threading.current_thread())  # of the copy
     if self._values:
         hold(self.weights.values(), self)

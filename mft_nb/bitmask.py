@@ -83,13 +83,20 @@ def __repr__(self: BitMask):
     counts = f"{pruned:,} of {self.total:,} weights pruned, density {self.density:.4f}"
     return f"BitMask({len(self)} tensors, {counts})"
 
-# %% ../nbs/07_bitmask.ipynb #c1f2a90e
+# %% ../nbs/07_bitmask.ipynb #by-tensor
 @patch
 def density_by_tensor(self: BitMask) -> dict[str, float]:  # 0 to 1 for each name
     "Fraction of the weights kept in each matrix."
     return {name: BitMask({name: mask}).density for name, mask in self.items()}
 
+# %% ../nbs/07_bitmask.ipynb #short-names
+def _short_names(layers):
+    "What to call each layer: its number; its name, where two of them have the same number."
+    numbers = {layer: int(re.search(r"\d+$", layer)[0]) for layer in layers if layer}
+    unique = len(set(numbers.values())) == len(numbers)
+    return {layer: numbers.get(layer) if unique else layer for layer in layers}
 
+# %% ../nbs/07_bitmask.ipynb #c1f2a90e
 @patch
 def density_by_layer(
     self: BitMask,
@@ -100,14 +107,12 @@ def density_by_layer(
     masks = {}
     for name, layer in layers.items():
         masks.setdefault(layer, {})[name] = self[name]
-    kept = {layer: BitMask(of_layer).density for layer, of_layer in masks.items()}
-    numbers = {layer: int(re.search(r"\d+$", layer)[0]) if layer else layer for layer in kept}
-    if len(set(numbers.values())) < len(numbers):  # two layers of one number
-        return kept
-    return {numbers[layer]: density for layer, density in kept.items()}
+    short = _short_names(masks)
+    return {short[layer]: BitMask(of_layer).density for layer, of_layer in masks.items()}
 
 # %% ../nbs/07_bitmask.ipynb #d81b6a3f
-_STRIP, _MOST = (6, 96), 24  # blocks of a matrix in a picture, rows and columns; matrices
+_STRIP = (6, 96)  # blocks of a matrix in a picture: rows and columns
+_MOST = 24  # matrices in a picture
 
 
 def _strip(mask):
@@ -118,6 +123,7 @@ def _strip(mask):
     return nn.functional.adaptive_avg_pool2d(rows[None].float(), _STRIP)[0]
 
 # %% ../nbs/07_bitmask.ipynb #picture-code
+#| code-fold: true
 @patch
 def picture(
     self: BitMask,
@@ -304,7 +310,7 @@ def top_k_mask(
     keep: float,  # fraction to keep, in (0, 1]
     scope: str = "tensor",  # see the table of scopes
     infos: Mapping[str, WeightInfo] | None = None,  # from `describe_weights`; default: nn.Linear's
-) -> BitMask:  # exactly as many ones as `kept_count` says
+) -> BitMask:  # of each group, exactly as many weights or units as `kept_count` says
     "Keep the largest scores."
     kind, members, found = find_scope(scope, keep), {}, {}
     infos = infos or {name: WeightInfo(name, tuple(s.shape)) for name, s in scores.items()}
@@ -339,7 +345,7 @@ def random_mask(
     scope: str = "tensor",  # see the table of scopes
     infos: Mapping[str, WeightInfo] | None = None,  # as for `top_k_mask`
 ) -> BitMask:  # which weights are pruned is drawn uniformly
-    "Keep weights at random, exactly as many as any other mask of that fraction."
+    "Keep weights or units at random, as many of each group as `top_k_mask` keeps."
     generator = torch.Generator().manual_seed(seed)
     draws = {
         name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()

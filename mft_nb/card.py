@@ -40,9 +40,9 @@ class MaskResult:
     mask_sha256: str | None = None  # of the mask that was measured, as records have it
 
     def __post_init__(self):
-        wilson(self.after, self.total)  # refuses counts that cannot be
+        self._check_count("after")
         if self.before is not None:
-            wilson(self.before, self.total)
+            self._check_count("before")
         if self.paired is None:
             return
         gain = self.paired.fixed - self.paired.broken
@@ -51,6 +51,13 @@ class MaskResult:
                 f"paired says {gain:+} of {self.paired.n}, but before is {self.before} and after "
                 f"{self.after} of {self.total}. Use paired_result, which counts for you."
             )
+
+    def _check_count(self, field):
+        "Refuse a count that cannot be, by the name of its field."
+        try:
+            wilson(getattr(self, field), self.total)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("correct", field)) from None
 
 # %% ../nbs/29_card.ipynb #paired-code
 def paired_result(
@@ -95,7 +102,7 @@ def _difference_text(result):
     return f"The difference is {points:+.2f} points: {flips}; McNemar's exact test p {p}.{said}"
 
 # %% ../nbs/29_card.ipynb #0b174e64
-def _front_matter(repo_id, base_model, data, split, dataset, result, license, language, task):
+def _front_matter(*, repo_id, base_model, data, split, dataset, result, license, language, task):
     "What the hub reads."
     over = wilson(result.after, result.total)
     ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
@@ -272,8 +279,17 @@ def mask_card(
     path = _mask_file(mask)
     saved = load_mask(path)
     _check_measured(saved, result)
-    about = (result, license, language, task)
-    front = _front_matter(repo_id, base_model, data, split, dataset, *about)
+    front = _front_matter(
+        repo_id=repo_id,
+        base_model=base_model,
+        data=data,
+        split=split,
+        dataset=dataset,
+        result=result,
+        license=license,
+        language=language,
+        task=task,
+    )
     page = _page(path, saved, repo_id, base_model, data, split, result, auto_class)
     return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{page}")
 

@@ -41,8 +41,8 @@ def choose_weights(
 
 # %% ../nbs/17_carriers.ipynb #choose-scope
 def _matrices_of_scope(model, config, scope):
-    "Those of the maskable weights that a scope takes; at first those in layers."
-    for targets in ((), (".",)):  # with a pattern, layers="all" takes what lies outside of them too
+    "Those of the maskable weights that a scope takes; those in layers first."
+    for targets in ((), (".",)):  # inside layers; with layers="all", anywhere
         asked = (config.layers, targets, config.exclude_modules)
         maskable = list(maskable_weights(model, *asked))
         if found := [name for name in maskable if re.search(scope.only, name)]:
@@ -75,7 +75,7 @@ def check_model(
     for kind in type(model).__mro__:
         if kind.__name__ in _WRAPPERS:
             raise ValueError(
-                f"model is a {kind.__name__}, which gives all weights other names. Give "
+                f"model is wrapped as {kind.__name__}, which gives all weights other names. Give "
                 f"{_WRAPPERS[kind.__name__]}."
             )
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
@@ -95,12 +95,16 @@ def check_arguments(
     mask: BitMask | None,  # a finished one
 ) -> None:
     "Refuse a config and a mask of the wrong type with a TypeError."
-    for field, value, kind in (("config", config, MaskConfig), ("mask", mask, BitMask)):
-        if not isinstance(value, kind | None):
-            raise TypeError(
-                f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as "
-                "MaskConfig(keep=0.8) or what bitmask() gives."
-            )
+    _check_type("config", config, MaskConfig, "MaskConfig(keep=0.8)")
+    _check_type("mask", mask, BitMask, "what bitmask() gives")
+
+
+def _check_type(field, value, kind, example):
+    "Refuse a value that is neither of a kind nor None."
+    if not isinstance(value, kind | None):
+        raise TypeError(
+            f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as {example}."
+        )
 
 # %% ../nbs/17_carriers.ipynb #weights-code
 def check_weights(

@@ -8,11 +8,13 @@ __all__ = ['parse_numbers', 'parse_layers', 'plain_errors', 'mft_fit', 'mft_appl
 # %% ../nbs/30_cli.ipynb #imports-16_cli
 import errno
 import functools
+import inspect
 import json
 import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -107,25 +109,52 @@ def _describe(
 
 # %% ../nbs/30_cli.ipynb #1b0cadb1
 def plain_errors(
-    function: Callable,  # a command
+    function: Callable | None = None,  # a command; None: a decorator with this `stopped`
+    *,
+    stopped: str = "Give the same command again to go on.",  # what Ctrl-C prints after "Stopped."
 ) -> Callable:  # the same command
     "Turn errors about input into one line on stderr and exit status 2."
+    if function is None:
+        return functools.partial(plain_errors, stopped=stopped)
 
     @functools.wraps(function)
     def command(*arguments, **keywords):
         try:
             return function(*arguments, **keywords)
         except KeyboardInterrupt:
-            print("\nStopped. Give the same command again to go on.", file=sys.stderr)
+            print(f"\nStopped. {stopped}", file=sys.stderr)
             sys.exit(130)
-        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-            if os.environ.get("MFT_TRACEBACK"):
+        except Exception as error:
+            if os.environ.get("MFT_TRACEBACK") or not _is_refusal(error, function):
                 raise
             message = " ".join(str(error).split())
             print(f"{function.__name__}: error: {message}", file=sys.stderr)
             sys.exit(2)
 
     return command
+
+# %% ../nbs/30_cli.ipynb #refusal-code
+_LIBRARY = Path(inspect.getfile(need_extra)).parent
+_REFUSALS = (ValueError, TypeError, FileNotFoundError, RuntimeError, ImportError)
+
+
+def _is_refusal(error, function):
+    "Whether a `raise` of this library, or next to the command, or the file system refused."
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    if not isinstance(error, _REFUSALS):
+        return False
+    file, line = _raised_at(error)
+    beside = Path(file).parent == Path(function.__code__.co_filename).parent  # as in a notebook
+    return (beside or _LIBRARY in Path(file).parents) and line.startswith("raise ")
+
+
+def _raised_at(error):
+    "File and line of code where an error was raised, in a worker process too."
+    worker = getattr(error.__cause__, "tb", None)  # its traceback, as text
+    told = worker or "".join(traceback.format_tb(error.__traceback__))
+    # generated code, such as the `__init__` of a dataclass, has no line to show
+    return re.findall(r'^  File "(.+)", line \d+, in .+\n(?:    (.+))?', told, flags=re.M)[-1]
 
 # %% ../nbs/30_cli.ipynb #5e0c41-1
 def _check_out(folder, overwrite):
@@ -160,9 +189,31 @@ def _check_source(source):
         ) from None
     print(f"{source} is no folder here and none of {known}; asking the hub for it", file=sys.stderr)
 
+# %% ../nbs/30_cli.ipynb #fit-and-save
+_STOPPED = "Give the same command again: it goes on from the last 100th step, or starts anew."
+
+
+def _fit_and_save(mft, tokenizer, rows, settings, out, **options):
+    "Train the scores, write mask and history to a folder, and return the mask's path."
+    from mft_nb.train import fit
+
+    options |= {"folder": out / "unfinished", "save_every": 100, "label": "fit"}
+    history = fit(mft, tokenizer, rows, settings, **options)
+    path = mft.save_pretrained(out)
+    write_whole(out / "history.json", json.dumps(asdict(history)))
+    _warn_of_old_card(out / "README.md")
+    return path
+
+# %% ../nbs/30_cli.ipynb #old-card
+def _warn_of_old_card(card):
+    "Say that a model card is of an earlier mask."
+    if card.exists():
+        old = "is of an earlier mask; mft_nb.card.write_card makes it anew"
+        print(f"{card} {old}", file=sys.stderr)
+
 # %% ../nbs/30_cli.ipynb #4f22ff6d
 @call_parse
-@plain_errors
+@plain_errors(stopped=_STOPPED)
 def mft_fit(
     model: str,  # folder (or hub id) of a fine-tuned two-class classifier
     data: str,  # .csv or .tsv with the columns sentence, label
@@ -188,7 +239,7 @@ def mft_fit(
 
     from mft_nb.mask import MFT
     from mft_nb.model import load_classifier
-    from mft_nb.train import fit, predict
+    from mft_nb.train import predict
 
     numbers = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     settings = _asked_training(recipe, **numbers, max_length=max_length, seed=seed)
@@ -203,27 +254,34 @@ def mft_fit(
     mft.print_trainable_parameters()
     before = predict(mft.unload(), tokenizer, held, max_length=max_length)
     mft = MFT(classifier, config)
-    options = {"folder": Path(out) / "unfinished", "save_every": 100, "label": "fit"}
-    options |= {"kept": keep_activations, "progress": not quiet}
-    history = fit(mft, tokenizer, train_rows, settings, **options)
-    path = mft.save_pretrained(out)
-    write_whole(Path(out) / "history.json", json.dumps(asdict(history)))
+    options = {"kept": keep_activations, "progress": not quiet}
+    path = _fit_and_save(mft, tokenizer, train_rows, settings, Path(out), **options)
     after = predict(mft.model, tokenizer, held, max_length=max_length)
     print(f"{len(held)} held-out sentences, {len(train_rows)} trained on")
     print(_describe(before, after, held.with_format("numpy")["label"][:]))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
-    _warn_of_old_card(Path(out) / "README.md")
 
-# %% ../nbs/30_cli.ipynb #old-card
-def _warn_of_old_card(card):
-    "Say that a model card is of an earlier mask."
-    if card.exists():
-        old = "is of an earlier mask; mft_nb.card.write_card makes it anew"
-        print(f"{card} {old}", file=sys.stderr)
+# %% ../nbs/30_cli.ipynb #apply-parts
+def _check_new_folder(out):
+    "Refuse a file, and a folder that holds something."
+    if out.is_file():
+        raise ValueError(f"out is {out}, which is a file. Name a folder.")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
+
+
+def _measure(mft, tokenizer, rows):
+    "Print the accuracy without and with a mask, and take the mask off."
+    from mft_nb.train import predict
+
+    length = mft.trained_with.get("max_length", 128)
+    after = predict(mft.model, tokenizer, rows, max_length=length)
+    before = predict(mft.unload(), tokenizer, rows, max_length=length)
+    print(_describe(before, after, rows.with_format("numpy")["label"][:]))
 
 # %% ../nbs/30_cli.ipynb #c8cb289c
 @call_parse
-@plain_errors
+@plain_errors(stopped="No masked model was written.")
 def mft_apply(
     model: str,  # folder of the classifier that the mask was made for
     mask: str,  # folder or file that mft_fit wrote
@@ -232,37 +290,29 @@ def mft_apply(
 ):
     "Put a saved mask on its model: write the masked model, measure it, or both."
     need_extra("train", "mft_apply")
+    from datasets import Dataset
+
     from mft_nb.data import read_table
     from mft_nb.mask import MASK_FILE, MFT
     from mft_nb.mask_file import load_mask
+    from mft_nb.model import load_classifier
 
     if not out and not data:
         raise ValueError(
             "Neither out nor data is given; name a folder for the masked model, a table, or both."
         )
-    if out and Path(out).is_file():
-        raise ValueError(f"out is {out}, which is a file. Name a folder.")
-    if out and Path(out).exists() and any(Path(out).iterdir()):
-        raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
+    if out:
+        _check_new_folder(Path(out))
     _check_source(model)
-    place = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
-    load_mask(place)
-    rows = read_table(data) if data else None
-    from datasets import Dataset
-
-    from mft_nb.model import load_classifier
-    from mft_nb.train import predict
-
+    path = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
+    load_mask(path)
+    rows = Dataset.from_pandas(read_table(data)) if data else None
     classifier, tokenizer = load_classifier(model, need_head=True)
-    mft = MFT.from_pretrained(classifier, place)
+    mft = MFT.from_pretrained(classifier, path)
     print(mft.bitmask())
     if rows is not None:
-        table = Dataset.from_pandas(rows)
-        length = mft.trained_with.get("max_length", 128)
-        after = predict(mft.model, tokenizer, table, max_length=length)
-        before = predict(mft.unload(), tokenizer, table, max_length=length)
-        print(_describe(before, after, rows.label.to_numpy()))
-        mft = MFT.from_pretrained(classifier, place)
+        _measure(mft, tokenizer, rows)  # takes the mask off
+        mft = MFT.from_pretrained(classifier, path)
     if out:
         _save_model(mft.merge_and_unload(), tokenizer, Path(out))
         print(f"masked model in {out}")

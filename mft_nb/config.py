@@ -180,7 +180,7 @@ TRAINING_FIELDS = (  # of a `TrainConfig`
 )
 
 # %% ../nbs/15_config.ipynb #split-settings
-_RENAMED = {  # old name: name of today
+_RENAMED = {  # the name in files written earlier: the field
     "start": "init",
     "spread": "init_scale",
     "start_seed": "init_seed",

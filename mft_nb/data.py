@@ -15,7 +15,6 @@ need_extra("train", "mft_nb.data")
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from datasets import Dataset
 
@@ -40,7 +39,7 @@ def read_table(
             f"{path} has no column {missing[0]!r}; its columns are {list(frame.columns)}. Its "
             f"header line must name {' and '.join(wanted)}."
         )
-    return _check_rows(frame[wanted], path)
+    return _check_table(frame[wanted], path)
 
 # %% ../nbs/22_data.ipynb #frame-code
 def _read_frame(path):
@@ -60,20 +59,25 @@ def _read_frame(path):
     return frame
 
 # %% ../nbs/22_data.ipynb #acfa258c
-def _check_rows(frame, path):
+def _first_row(wrong):
+    "Number of the first row that is wrong, counted from 1; 0: none is."
+    return next((number for number, is_wrong in enumerate(wrong, 1) if is_wrong), 0)
+
+
+def _check_table(frame, path):
     "A clean frame, or a ValueError that names the first bad row (row 1 follows the header)."
     if frame.empty:
         raise ValueError(f"{path} has a header but no rows. Give it at least one sentence.")
-    blank = np.flatnonzero(frame["sentence"].str.strip() == "")
-    if len(blank):
+    blank = _first_row(frame["sentence"].str.strip() == "")
+    if blank:
         raise ValueError(
-            f"{path}: row {blank[0] + 1} has an empty sentence. Fill it in or remove the row."
+            f"{path}: row {blank} has an empty sentence. Fill it in or remove the row."
         )
-    wrong = np.flatnonzero(~frame["label"].isin(["0", "1"]))
-    if len(wrong):
-        value = frame["label"].iloc[wrong[0]]
+    wrong = _first_row(~frame["label"].isin(["0", "1"]))
+    if wrong:
+        value = frame["label"].iloc[wrong - 1]
         raise ValueError(
-            f"{path}: row {wrong[0] + 1} has label {value!r}; allowed are 0 (negative) and 1 "
+            f"{path}: row {wrong} has label {value!r}; allowed are 0 (negative) and 1 "
             "(positive). Correct the label or remove the row."
         )
     return frame.assign(label=frame["label"].astype(int))
@@ -102,19 +106,20 @@ def _check_sentences(rows, what):
             f"{what} is a {type(rows).__name__}; allowed is a datasets.Dataset with the columns "
             "sentence and label, such as Dataset.from_pandas(table) or Dataset.from_list(rows)."
         )
-    for number, sentence in enumerate(rows["sentence"] if "sentence" in rows.column_names else ()):
-        if not isinstance(sentence, str):
-            raise ValueError(
-                f"{what} has the sentence {sentence!r} in row {number}; allowed is text. Leave the "
-                "row out."
-            )
+    sentences = rows["sentence"][:] if "sentence" in rows.column_names else []
+    number = _first_row(not isinstance(sentence, str) for sentence in sentences)
+    if number:
+        raise ValueError(
+            f"{what} has the sentence {sentences[number - 1]!r} in row {number}; allowed is text. "
+            "Leave the row out."
+        )
 
 # %% ../nbs/22_data.ipynb #check-rows
 def check_rows(
     rows: Dataset,  # to train or to evaluate on
     what: str,  # how the message calls them
 ) -> None:
-    "Refuse rows without the columns sentence and label, or with labels other than 0 and 1."
+    "Refuse rows without the two columns, with an empty sentence, or with a label not 0 or 1."
     _check_sentences(rows, what)
     if len(rows) == 0:
         raise ValueError(f"{what} is empty; give at least one labelled sentence.")
@@ -124,7 +129,15 @@ def check_rows(
             f"{what} has no column {missing[0]!r}; its columns are {rows.column_names}. Rename the "
             "columns to sentence and label."
         )
-    wrong = set(rows["label"]) - {0, 1}
-    if wrong or any(isinstance(label, float) for label in rows["label"]):
-        value = next(iter(wrong), rows["label"][0])
-        raise ValueError(f"{what} has the label {value!r}; allowed are 0 and 1, whole numbers.")
+    blank = _first_row(not sentence.strip() for sentence in rows["sentence"])
+    if blank:
+        raise ValueError(
+            f"{what} has an empty sentence in row {blank}. Fill it in or leave the row out."
+        )
+    labels = rows["label"][:]
+    wrong = _first_row(label not in (0, 1) or isinstance(label, float) for label in labels)
+    if wrong:
+        raise ValueError(
+            f"{what} has the label {labels[wrong - 1]!r} in row {wrong}; allowed are 0 and 1, "
+            "whole numbers."
+        )

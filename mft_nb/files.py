@@ -32,7 +32,7 @@ def whole(
     path.parent.mkdir(parents=True, exist_ok=True)
     for aside in path.parent.glob(f"{_ASIDE}*"):
         if (aside / path.name).exists():
-            _put_back(aside)  # its process was killed
+            _put_back(aside)  # of a killed process: a folder has one writer at a time
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PART) as scratch:
         part = Path(scratch) / path.name
         yield part
@@ -108,7 +108,7 @@ def only_process(
             lock.release()
 
 # %% ../nbs/00_files.ipynb #lock-file
-LOCK_FILE = ".lock"  # in a folder, while a process holds it
+LOCK_FILE = ".lock"  # in a folder that a process holds, or held: the file outlives the lock
 
 
 def _lock(folder, doing):
@@ -231,5 +231,5 @@ def need_extra(
         if not found:
             raise ImportError(
                 f"{what} needs {package}, which is not installed. Install the extra {extra!r}: "
-                f"pip install 'mft_nb[{extra}]'."
+                f"in a clone of mft_nb, pip install '.[{extra}]'."
             )

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 # %% ../nbs/04_fraction.ipynb #f40d25cf
-@lru_cache(typed=True)
+@lru_cache(typed=True)  # typed: else True finds what was kept for 1, and is not refused
 def kept_count(
     total: int,  # weights in all
     keep: float,  # fraction to keep, in (0, 1]

@@ -51,9 +51,7 @@ class Frozen:
         self._asked = {name: p.requires_grad for name, p in model.named_parameters()}
         self._replaced = []  # (module or config, attribute, value before)
         trained = _named(model, trained)
-        config = getattr(model, "config", None)
-        if hasattr(config, "problem_type"):  # a first loss would write it
-            self._replaced.append((config, "problem_type", config.problem_type))
+        self._note_config()
         try:
             model.requires_grad_(False)
             for parameter in trained:
@@ -64,19 +62,33 @@ class Frozen:
             self.undo()
             raise
 
-    def undo(self) -> None:
-        "Put everything back; what came into the model since is left as it is."
-        for owner, name, value in self._replaced:
-            setattr(owner, name, value)
-        self._replaced = []
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
+# %% ../nbs/02_freeze.ipynb #undo-code
+@patch
+def undo(self: Frozen) -> None:
+    "Put everything back; what came into the model since is left as it is."
+    for owner, name, value in self._replaced:
+        setattr(owner, name, value)
+    self._replaced = []
+    for name, parameter in self.model.named_parameters():
+        parameter.requires_grad_(self._asked.get(name, parameter.requires_grad))
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_):
-        self.undo()
+@patch
+def __enter__(self: Frozen) -> Self:
+    return self
+
+
+@patch
+def __exit__(self: Frozen, *_):
+    self.undo()
+
+
+@patch
+def _note_config(self: Frozen):
+    "Note the kind of problem, which a classifier of transformers writes at its first loss."
+    config = getattr(self.model, "config", None)
+    if hasattr(config, "problem_type"):
+        self._replaced.append((config, "problem_type", config.problem_type))
 
 # %% ../nbs/02_freeze.ipynb #named-code
 def _named(model, names):

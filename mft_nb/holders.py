@@ -36,11 +36,12 @@ def hold(
     holder: Any,  # what is going to set parts of them to zero
 ) -> None:
     "Note who sets weights to zero; RuntimeError where another thread, not ended, has done so."
-    others = {one.ident for one in threading.enumerate()} - {threading.get_ident(), None}
+    here = threading.current_thread()
+    others = [weakref.ref(one) for one in threading.enumerate() if one is not here]
     with _HOLDERS_LOCK:
         weights = list(weights)
         for weight in weights:
-            if others & {getattr(one, "thread", None) for one in holders_of(weight)}:
+            if any(getattr(one, "thread", None) in others for one in holders_of(weight)):
                 raise RuntimeError(
                     "A mask of another thread is in force on the same weights, and each would "
                     "get the other's zeros. Give each request a `with switch.using(name):` "

@@ -88,9 +88,9 @@ class MFT:
         config: MaskConfig | None = None,  # default `MaskConfig.recommended()`
         mask: BitMask | None = None,  # a finished one to put on; default: scores to train
     ):
-        self._no_pickle = None if mask else NoPickle()  # first: what is pickled first
         check_model(model)
         check_arguments(config, mask)
+        self._no_pickle = None if mask else NoPickle()  # first: what is pickled first
         self.config = config or MaskConfig.recommended()
         self.model = model
         self.trained_with = {}  # settings of the training, as plain values; kept in the mask file
@@ -289,10 +289,17 @@ def _warn_of_mask(self: MFT):
         if not kept.any():
             warnings.warn(f"The mask prunes all of {name}.", stacklevel=3)
     if self.config.scope not in ("neuron", "head"):
-        for axis in (0, 1):  # of the outputs
-            part = {n: mask[n] for n, m in self._masked.items() if m.info.input_dim == 1 - axis}
-            if part:
-                warn_fully_pruned(BitMask(part), axis)
+        for output_dim, part in _by_output_dim(mask, self._masked).items():
+            warn_fully_pruned(BitMask(part), output_dim)
+
+
+def _by_output_dim(mask, masked):
+    "Its matrices by the dimension of their outputs: 0 in nn.Linear, 1 in Conv1D of transformers."
+    parts = {}
+    for name, kept in mask.items():
+        output_dim = 1 - masked[name].info.input_dim
+        parts.setdefault(output_dim, {})[name] = kept
+    return parts
 
 # %% ../nbs/18_mask.ipynb #69a703be
 @patch(cls_method=True)
@@ -333,7 +340,7 @@ def from_pretrained(
 def _take_modules(self: MFT, modules):
     "Write what was trained with a loaded mask into the model; `unload` takes it back."
     own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-    for name in {*modules, *self._rest.trained}:
+    for name in sorted({*modules, *self._rest.trained}):
         if name not in modules or name not in own or modules[name].shape != own[name].shape:
             shape = tuple(modules[name].shape) if name in modules else "unknown"
             raise ValueError(
@@ -431,10 +438,10 @@ def load_state_dict(
     if _SETTINGS in state:
         _check_settings(state.pop(_SETTINGS), self.config)
     own = trained_state_dict(self.model)
-    for name in own.keys() ^ state.keys():
+    if differ := sorted(own.keys() ^ state.keys()):
         raise ValueError(
-            f"The state and this MFT differ in {name!r}. Make the MFT with the config that the "
-            "state was saved with, and unfreeze by hand what was unfrozen then."
+            f"The state and this MFT differ in {differ[0]!r}. Make the MFT with the config that "
+            "the state was saved with, and unfreeze by hand what was unfrozen then."
         )
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:

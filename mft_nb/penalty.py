@@ -44,17 +44,11 @@ class Penalty:
         self.heard += 1
 
     def _warn_if_unheard(self):
-        "Warn, once, of a training that knows nothing of the penalty."
+        "Find out, once, a training that knows nothing of the penalty."
         passes = max(group.gradients // len(group.members) for group in self.groups)
         if passes >= _PATIENCE and not self.heard and not self.warned:
             self.warned = True
-            warnings.warn(
-                f"In {passes} backward passes the penalty on the scores (l1={self.l1}) had no part "
-                "in the loss: it is added to the loss that the model returns, and another one was "
-                "used, or the model is in evaluation mode. Add mft.penalty() to that loss, or "
-                "give MaskConfig(l1=0).",
-                stacklevel=2,
-            )
+            self._warn(passes)
 
 # %% ../nbs/14_penalty.ipynb #value-code
 @patch
@@ -79,8 +73,9 @@ def value(self: Penalty) -> Tensor:  # a scalar
 @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
 def __call__(self: Penalty, model: nn.Module, inputs: tuple, options: dict, output: Any) -> Any:
     "After a forward pass of the model."
+    # MFT's hooks come first, so the pass that ends here is left: depth counts those around it
     if not model.training or not torch.is_grad_enabled() or self.groups[0].forward_pass.depth:
-        return output  # within another pass of the model, the outer one adds it
+        return output
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if loss is None:
         return output
@@ -125,3 +120,15 @@ def _counted_labels(model, options):
     decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     causal = decoder and "CausalLM" in str(getattr(model, "loss_type", None))
     return labels[..., 1:] if causal and labels is not None else labels
+
+# %% ../nbs/14_penalty.ipynb #penalty-warn
+@patch
+def _warn(self: Penalty, passes):
+    "Say that the penalty had no part in so many backward passes, and what to do."
+    warnings.warn(
+        f"In {passes} backward passes the penalty on the scores (l1={self.l1}) had no part "
+        "in the loss: it is added to the loss that the model returns, and another one was "
+        "used, or the model is in evaluation mode. Add mft.penalty() to that loss, or "
+        "give MaskConfig(l1=0).",
+        stacklevel=3,
+    )

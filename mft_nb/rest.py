@@ -71,37 +71,6 @@ class Rest:
         known = {*self._masked, *self.trained}
         self._watched = [(n, p) for n, p in parameters.items() if n not in known]
 
-    def states(self) -> dict[str, str]:  # by name, of all parameters and saved buffers
-        'The state of each tensor now: "masked", "trained", "untouched" or "added".'
-        names = [name for name, _ in self.model.named_parameters()]
-        names += [name for name, _ in self.model.named_buffers() if _is_saved(self.model, name)]
-        trained = {*self.trained, *self.changed_buffers()}
-        return {name: self._state(name, trained) for name in names}
-
-    def _state(self, name, trained):
-        "The state of one tensor; `trained` are the names of those that changed, or may have."
-        if name in trained:
-            return "trained"
-        if name in self._others:
-            return "untouched"
-        under_scores = ".parametrizations." in f".{name}"  # the name while the mask is on
-        return "masked" if name in self._masked or under_scores else "added"
-
-    def untouched(self) -> dict[str, Tensor]:  # by name
-        "Parameters and saved buffers that the mask does not cover and training does not change."
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        states = self.states()
-        return {n: tensors[n].detach() for n, state in states.items() if state == "untouched"}
-
-    def changed_buffers(self) -> dict[str, Tensor]:  # by name
-        "Saved buffers that are not what they were."
-        saved = self._others & set(self.buffers)
-        return {
-            name: buffer.detach()
-            for name, buffer in self.model.named_buffers()
-            if name in saved and not _same(buffer, self.buffers[name])
-        }
-
 # %% ../nbs/16_rest.ipynb #rest-tools
 def _copies_of_buffers(model):
     "Copies of all buffers, by name; not of those of a quantized layer, which are its weights."
@@ -135,117 +104,51 @@ def _same(tensor, other):
     first, second = (one.reshape(-1).view(torch.uint8) for one in (tensor, other))
     return torch.equal(first.to(second.device), second)
 
+# %% ../nbs/16_rest.ipynb #states-code
+@patch
+def states(self: Rest) -> dict[str, str]:  # by name, of all parameters and saved buffers
+    'The state of each tensor now: "masked", "trained", "untouched" or "added".'
+    names = [name for name, _ in self.model.named_parameters()]
+    names += [name for name, _ in self.model.named_buffers() if _is_saved(self.model, name)]
+    trained = {*self.trained, *self.changed_buffers()}
+    return {name: self._state(name, trained) for name in names}
+
+
+@patch
+def _state(self: Rest, name, trained):
+    "The state of one tensor; `trained` are the names of those that changed, or may have."
+    if name in trained:
+        return "trained"
+    if name in self._others:
+        return "untouched"
+    under_scores = ".parametrizations." in f".{name}"  # the name while the mask is on
+    return "masked" if name in self._masked or under_scores else "added"
+
+# %% ../nbs/16_rest.ipynb #kinds-code
+@patch
+def untouched(self: Rest) -> dict[str, Tensor]:  # by name
+    "Parameters and saved buffers that the mask does not cover and training does not change."
+    tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+    states = self.states()
+    return {n: tensors[n].detach() for n, state in states.items() if state == "untouched"}
+
+
+@patch
+def changed_buffers(self: Rest) -> dict[str, Tensor]:  # by name
+    "Saved buffers that are not what they were."
+    saved = self._others & set(self.buffers)
+    return {
+        name: buffer.detach()
+        for name, buffer in self.model.named_buffers()
+        if name in saved and not _same(buffer, self.buffers[name])
+    }
+
 # %% ../nbs/16_rest.ipynb #save-code
 @patch
 def to_save(self: Rest) -> dict[str, Tensor]:  # by name
     "What training has changed, or may have: trained parameters, and buffers that differ."
     trained = {name: self.model.get_parameter(name).detach() for name in self.trained}
     return trained | self.changed_buffers()
-
-# %% ../nbs/16_rest.ipynb #rest-watch
-@patch
-def watch(self: Rest) -> None:
-    "Note, before they are trained, parameters that somebody unfroze by hand."
-    for name, parameter in self._watched:
-        if parameter.requires_grad and name not in self.trained:
-            self.trained[name] = parameter.detach().clone()
-
-
-@patch
-def changed_by_hand(
-    self: Rest,
-    base: Mapping[str, Tensor],  # by name: the weights under the mask as they are now
-) -> list[str]:
-    "Names of parameters that changed, though nothing was to train them."
-    now = tensor_digests({**base, **self.untouched()})
-    return [name for name in now if self._digests.get(name, now[name]) != now[name]]
-
-
-@patch
-def added(self: Rest) -> list[str]:
-    "Names of parameters and saved buffers that came into the model since."
-    return [name for name, state in self.states().items() if state == "added"]
-
-# %% ../nbs/16_rest.ipynb #back-code
-@patch
-@torch.no_grad()
-def restore(self: Rest) -> None:
-    "Give back what training changed; warn, with a UserWarning, of what was changed by hand."
-    self.check_restorable()
-    now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-    for name, before in (self.trained | self.buffers).items():
-        now[name].data.copy_(before)
-    for module, name in self._empty:  # filled meanwhile, as a cache is
-        module._buffers[name] = None
-    base = {name: now[name].detach() for name in self._masked if name in now}
-    if changed := self.changed_by_hand(base):
-        warnings.warn(
-            f"{_listed(changed)} changed since the mask was put on, and nothing was to train them, "
-            "so they stay as they are. Load the base again if you need it as it was.",
-            stacklevel=4,
-        )
-
-
-def _listed(names):
-    "The first names, for a message."
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-# %% ../nbs/16_rest.ipynb #restorable-code
-@patch
-def check_restorable(self: Rest) -> None:
-    "Refuse, with a ValueError, to give back what has another shape by now."
-    now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-    for name, before in (self.trained | self.buffers).items():
-        if name not in now:
-            raise ValueError(
-                f"{name!r} was there when the mask was put on and is gone, so the base cannot be "
-                "given back. Put its module back, or call merge_and_unload() to keep the model as "
-                "it is."
-            )
-        if now[name].shape != before.shape:
-            raise ValueError(
-                f"{name!r} had the shape {tuple(before.shape)} when the mask was put on and has "
-                f"{tuple(now[name].shape)} now, so the base cannot be given back. Resize it as "
-                "it was, or call merge_and_unload() to keep the model as it is."
-            )
-
-# %% ../nbs/16_rest.ipynb #differs-code
-@patch
-def warn_of_difference(
-    self: Rest,
-    saved: Mapping[str, str],  # digests by part, of the training
-    left_out: Iterable[str] = (),  # names that are about to be replaced
-) -> None:
-    "Warn, once, of parts of the model that are not those of the training."
-    left_out = set(left_out)
-    own = {name: tensor for name, tensor in self.untouched().items() if name not in left_out}
-    now = digests_by_part(own)
-    other = [part for part in {**saved, **now} if saved.get(part) != now.get(part)]
-    if saved and other:
-        warnings.warn(
-            "The model differs from that of the training in what the mask does not cover: "
-            f"{_listed([part or 'the model itself' for part in other])}. A head that each load "
-            "draws anew is one cause; the mask was trained with other weights there, so what was "
-            "measured with it does not hold. Load the very checkpoint, or train the part with the "
-            "mask (modules_to_save).",
-            stacklevel=4,
-        )
-
-# %% ../nbs/16_rest.ipynb #changes-code
-@patch
-def warn_of_changes(
-    self: Rest,
-    base: Mapping[str, Tensor],  # by name: the weights under the mask as they are now
-) -> None:
-    "Warn of parameters that changed by hand, or were added, and are in no file."
-    if changed := self.changed_by_hand(base) + self.added():
-        warnings.warn(
-            f"{_listed(changed)} changed or came in since the mask was put on, and the mask file "
-            "does not hold them. Name modules that are not masked in modules_to_save, or save the "
-            "model as it is.",
-            stacklevel=4,
-        )
 
 # %% ../nbs/16_rest.ipynb #along-code
 def trained_parameters(
@@ -320,3 +223,108 @@ def load_modules(
             f"{path} does not belong to the mask with it, or it is damaged. Copy both files again."
         )
     return load(content)
+
+# %% ../nbs/16_rest.ipynb #rest-watch
+@patch
+def watch(self: Rest) -> None:
+    "Note, before they are trained, parameters that somebody unfroze by hand."
+    for name, parameter in self._watched:
+        if parameter.requires_grad and name not in self.trained:
+            self.trained[name] = parameter.detach().clone()
+
+
+@patch
+def changed_by_hand(
+    self: Rest,
+    base: Mapping[str, Tensor],  # by name: the weights under the mask as they are now
+) -> list[str]:
+    "Names of parameters that changed, though nothing was to train them."
+    now = tensor_digests({**base, **self.untouched()})
+    return [name for name in now if self._digests.get(name, now[name]) != now[name]]
+
+
+@patch
+def added(self: Rest) -> list[str]:
+    "Names of parameters and saved buffers that came into the model since."
+    return [name for name, state in self.states().items() if state == "added"]
+
+# %% ../nbs/16_rest.ipynb #back-code
+@patch
+@torch.no_grad()
+def restore(self: Rest) -> None:
+    "Give back what training changed; warn, with a UserWarning, of what was changed by hand."
+    self.check_restorable()
+    now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+    for name, before in (self.trained | self.buffers).items():
+        now[name].data.copy_(before)
+    for module, name in self._empty:  # filled meanwhile, as a cache is
+        module._buffers[name] = None
+    base = {name: now[name].detach() for name in self._masked if name in now}
+    if changed := self.changed_by_hand(base):
+        warnings.warn(
+            f"{_listed(changed)} changed since the mask was put on, though not in training, and "
+            "unload() leaves such changes. Load the base again if you need it as it was.",
+            stacklevel=4,
+        )
+
+
+def _listed(names):
+    "The first names, for a message."
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+# %% ../nbs/16_rest.ipynb #restorable-code
+@patch
+def check_restorable(self: Rest) -> None:
+    "Refuse, with a ValueError, to give back what has another shape by now."
+    now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+    for name, before in (self.trained | self.buffers).items():
+        if name not in now:
+            raise ValueError(
+                f"{name!r} was there when the mask was put on and is gone, so the base cannot be "
+                "given back. Put its module back, or call merge_and_unload() to keep the model as "
+                "it is."
+            )
+        if now[name].shape != before.shape:
+            raise ValueError(
+                f"{name!r} had the shape {tuple(before.shape)} when the mask was put on and has "
+                f"{tuple(now[name].shape)} now, so the base cannot be given back. Resize it as "
+                "it was, or call merge_and_unload() to keep the model as it is."
+            )
+
+# %% ../nbs/16_rest.ipynb #differs-code
+@patch
+def warn_of_difference(
+    self: Rest,
+    saved: Mapping[str, str],  # digests by part, of the training
+    left_out: Iterable[str] = (),  # names that are about to be replaced
+) -> None:
+    "Warn, once, of parts of the model that are not those of the training."
+    left_out = set(left_out)
+    own = {name: tensor for name, tensor in self.untouched().items() if name not in left_out}
+    now = digests_by_part(own)
+    other = [part for part in {**saved, **now} if saved.get(part) != now.get(part)]
+    if saved and other:
+        warnings.warn(
+            "The model differs from that of the training in what the mask does not cover: "
+            f"{_listed([part or 'the model itself' for part in other])}. A head that each load "
+            "draws anew is one cause; the mask was trained with other weights there, so what was "
+            "measured with it does not hold. Load the very checkpoint, or train the part with the "
+            "mask (modules_to_save).",
+            stacklevel=4,
+        )
+
+# %% ../nbs/16_rest.ipynb #changes-code
+@patch
+def warn_of_changes(
+    self: Rest,
+    base: Mapping[str, Tensor],  # by name: the weights under the mask as they are now
+) -> None:
+    "Warn of parameters that changed by hand, or were added, and are in no file."
+    if changed := self.changed_by_hand(base) + self.added():
+        warnings.warn(
+            f"{_listed(changed)} changed or came in since the mask was put on, and the mask file "
+            "does not hold them. Name modules that are not masked in modules_to_save, or save the "
+            "model as it is.",
+            stacklevel=4,
+        )

@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .sharded import weights_sha256
 
 # %% ../nbs/27_resume.ipynb #whole-code
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # one of them is there
 _PARTS = ("history.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -36,7 +37,8 @@ def _is_whole(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return all((checkpoint / part).exists() for part in _PARTS)
+    weights = any((checkpoint / name).exists() for name in _WEIGHTS)
+    return weights and all((checkpoint / part).exists() for part in _PARTS)
 
 
 def last_whole_checkpoint(

@@ -62,7 +62,7 @@ def _own_thread(device):
     within = torch._C._current_graph_task_id() >= 0 and device.type != "cpu"
     return None if within else threading.get_ident()
 
-
+# %% ../nbs/13_scores.ipynb #quick-signature
 # torch asks for the signature at each call, and this is the quick answer
 _StraightThrough.forward.__signature__ = inspect.signature(_StraightThrough.forward)
 
@@ -249,33 +249,24 @@ def _way_to_mask(self: MaskedWeight, weight):
     return lambda weight: winners.masked(weight, ranked, self.place)
 
 # %% ../nbs/13_scores.ipynb #checked-scores
-@patch
-def checked_scores(self: MaskedWeight) -> Tensor:
-    "The scores; RuntimeError where they have no values that could be compared."
-    if torch.jit.is_tracing():
-        raise RuntimeError(MERGE_FIRST.format(what="torch.jit.trace"))
-    scores = self.scores.detach()
-    if scores.is_meta:
-        raise RuntimeError(
-            f"The scores of {self.info.name} are offloaded (device meta). Load the whole model "
-            "into memory, without device_map, to train a mask."
-        )
-    if scores.shape != self._score_shape:
-        raise RuntimeError(
-            f"The scores of {self.info.name} are sharded by FullyShardedDataParallel. Call "
-            "this within FSDP.summon_full_params(model), or shard with fully_shard."
-        )
-    if scores.dtype != self._score_dtype:
-        kind = str(scores.dtype).removeprefix("torch.")
-        raise RuntimeError(
-            f"The scores of {self.info.name} are rounded to {kind}, as by FSDP's mixed "
-            "precision, so the mask in use would not be the one that is saved. Leave "
-            "param_dtype out and use torch.autocast."
-        )
+def _has_values(scores):
+    "Whether there are numbers behind a tensor: not on meta, nor in a graph that torch records."
+    if torch.jit.is_tracing() or scores.is_meta:
+        return False
     try:
         local_part(scores).data_ptr()
     except RuntimeError:
-        raise RuntimeError(MERGE_FIRST.format(what="torch.export or torch.func")) from None
+        return False
+    return True
+
+
+@patch
+def checked_scores(self: MaskedWeight) -> Tensor:
+    "The scores; RuntimeError where they have no values that could be compared."
+    scores = self.scores.detach()
+    made = (self._score_shape, self._score_dtype)
+    if not _has_values(scores) or (scores.shape, scores.dtype) != made:
+        raise RuntimeError(self._why_refused(scores))
     return scores
 
 # %% ../nbs/13_scores.ipynb #mask-code
@@ -416,6 +407,31 @@ def trained_state_dict(
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in state.items() if name in trained | buffers}
+
+# %% ../nbs/13_scores.ipynb #why-refused
+@patch
+def _why_refused(self: MaskedWeight, scores):
+    "Why `checked_scores` refuses these scores, and what to do."
+    if torch.jit.is_tracing():
+        return MERGE_FIRST.format(what="torch.jit.trace")
+    if scores.is_meta:
+        return (
+            f"The scores of {self.info.name} are offloaded (device meta). Load the whole model "
+            "into memory, without device_map, to train a mask."
+        )
+    if scores.shape != self._score_shape:
+        return (
+            f"The scores of {self.info.name} are sharded by FullyShardedDataParallel. Call "
+            "this within FSDP.summon_full_params(model), or shard with fully_shard."
+        )
+    if scores.dtype != self._score_dtype:
+        kind = str(scores.dtype).removeprefix("torch.")
+        return (
+            f"The scores of {self.info.name} are rounded to {kind}, as by FSDP's mixed "
+            "precision, so the mask in use would not be the one that is saved. Leave "
+            "param_dtype out and use torch.autocast."
+        )
+    return MERGE_FIRST.format(what="torch.export or torch.func")
 
 # %% ../nbs/13_scores.ipynb #scriptable-code
 @patch

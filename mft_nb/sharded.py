@@ -29,16 +29,15 @@ def local_part(tensor: Tensor) -> Tensor:
 # %% ../nbs/03_sharded.ipynb #sum-code
 def _sums(scores, count, group):
     "Counts of all scores: those of the pieces summed over processes, the others as they are."
-    counts = {True: [], False: []}
-    for score in scores:
-        counts[is_sharded(score)].append(count(score))
-    pieces = sum(counts[True]) if counts[True] else None
-    if pieces is not None and group is not None:
-        place = next(local_part(score).device for score in scores if is_sharded(score))
-        pieces = pieces.to(place)  # where the group's backend can work: NCCL knows no CPU
-        dist.all_reduce(pieces, group=group)
-        pieces = pieces.cpu()
-    return sum(counts[False], 0 if pieces is None else pieces)
+    whole_counts = [count(score) for score in scores if not is_sharded(score)]
+    sharded_counts = [count(score) for score in scores if is_sharded(score)]
+    of_pieces = sum(sharded_counts)
+    if sharded_counts and group is not None:
+        device = next(local_part(score).device for score in scores if is_sharded(score))
+        of_pieces = of_pieces.to(device)  # where the group's backend can work: NCCL knows no CPU
+        dist.all_reduce(of_pieces, group=group)
+        of_pieces = of_pieces.cpu()
+    return sum(whole_counts, of_pieces)
 
 # %% ../nbs/03_sharded.ipynb #group-code
 def _shard_group(scores):
@@ -58,7 +57,7 @@ def _shard_group(scores):
     return None
 
 # %% ../nbs/03_sharded.ipynb #cut-code
-_HALF = 1 << 16
+_BINS = 1 << 16  # of a histogram over half the bits of a key
 
 
 def _keys(score):
@@ -69,14 +68,14 @@ def _keys(score):
 # %% ../nbs/03_sharded.ipynb #histogram-code
 def _histogram(scores, digits, group):
     "How many scores there are of each digit, 0 to 65535; `digits` gives those of one tensor."
-    return _sums(scores, lambda score: torch.bincount(digits(score), minlength=_HALF), group)
+    return _sums(scores, lambda score: torch.bincount(digits(score), minlength=_BINS), group)
 
 
 def _bin_from_above(histogram, kept):
     "The digit at which so many are counted from the largest down, and how many lie above it."
     above = histogram.flip(0).cumsum(0)
     place = int(torch.searchsorted(above, kept))
-    return _HALF - 1 - place, int(above[place - 1]) if place else 0
+    return _BINS - 1 - place, int(above[place - 1]) if place else 0
 
 # %% ../nbs/03_sharded.ipynb #winners-code
 class Winners(ABC):
@@ -122,19 +121,17 @@ class Threshold(Winners):
 
 # %% ../nbs/03_sharded.ipynb #find-threshold
 def find_threshold(
-    scores: Sequence[Tensor],  # tensors that compete, some or all of them sharded by rows
-    kept: int,  # how many to keep, 1 to all
+    scores: Sequence[Tensor],  # that compete, float32 or shorter; some or all sharded by rows
+    kept: int,  # how many to keep, 0 to all
 ) -> Threshold:  # the same on all processes
     "The exact threshold of the top k over all processes."
     group = _shard_group(scores)
-    spoiled = _sums(scores, lambda s: local_part(s.detach()).isnan().sum().cpu(), group)
-    if spoiled:
-        raise ValueError(f"{int(spoiled)} of the scores are NaN, so they have no order.")
+    _check_scores(scores, kept, group)
     upper, above = _bin_from_above(_histogram(scores, lambda s: _keys(s) >> 16, group), kept)
 
     def lower_digits(score):
         keys = _keys(score)
-        return keys[keys >> 16 == upper] & (_HALF - 1)
+        return keys[keys >> 16 == upper] & (_BINS - 1)
 
     lower, inside = _bin_from_above(_histogram(scores, lower_digits, group), kept - above)
     key = (upper << 16) + lower
@@ -149,6 +146,21 @@ def _ties(scores, key, left, group):
         ties.append(min(equal, left))
         left -= ties[-1]
     return tuple(ties)
+
+# %% ../nbs/03_sharded.ipynb #check-scores
+def _check_scores(scores, kept, group):
+    "Refuse scores without an order or of too many bits, and a number that is not among theirs."
+    if any(score.dtype == torch.float64 for score in scores):
+        raise ValueError(
+            "The scores are float64, which cannot be sharded: they would be compared in single "
+            "precision. Give float32."
+        )
+    total = sum(score.numel() for score in scores)  # of a `DTensor`: over all processes
+    if not 0 <= kept <= total:
+        raise ValueError(f"kept is {kept}; allowed is 0 to {total}, the number of scores.")
+    spoiled = _sums(scores, lambda s: local_part(s.detach()).isnan().sum().cpu(), group)
+    if spoiled:
+        raise ValueError(f"{int(spoiled)} of the scores are NaN, so they have no order.")
 
 # %% ../nbs/03_sharded.ipynb #gather-code
 def whole_tensor(

@@ -9,7 +9,6 @@ __all__ = ['StepCounter']
 import threading
 import weakref
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -22,9 +21,18 @@ from .sharded import is_sharded
 class _Gradient:
     "A gradient that has come through a mask and waits to be used."
 
-    before: list[int]  # a sum over the bits of each member's scores, when it came
+    before: list[int]  # each member's `_bit_sum`, when it came
     thread: int | None  # that trains; None: not known
     arrived: bool = False  # whether anything but 0 has come to `.grad`
+
+# %% ../nbs/11_steps.ipynb #steps-sums-code
+def _bit_sum(scores):
+    "A sum over the scores' bits, in which each place counts by an odd number of its own."
+    bits = scores.detach().reshape(-1, scores.shape[-1]).view(torch.int32)
+    rows, columns = bits.shape
+    by_column = torch.arange(1, 2 * columns, 2, dtype=torch.int32, device=bits.device)
+    by_row = torch.arange(1, 2 * rows * columns, 2 * columns, device=bits.device)
+    return int(((bits * by_column).sum(1, dtype=torch.int64) * by_row).sum())
 
 # %% ../nbs/11_steps.ipynb #steps-code
 class StepCounter:
@@ -32,30 +40,27 @@ class StepCounter:
 
     def __init__(self):
         self.members = []  # each with `scores`, a parameter, and `steps`, its count
-        self._waits = None  # the `_Gradient` that waits to be used
-        self._due = 0  # steps seen, to be added to the counts
-        self._backward = None  # weak reference to what autograd calls after a backward pass
+        self._waiting_gradient = None
+        self._uncounted_steps = 0  # seen, to be added to the counts
+        self._backward_pass = None  # a weak reference, see `_note_backward`
         self.lock = threading.RLock()
 
     def _sums(self):
-        scores = [member.scores.detach().reshape(-1) for member in self.members]
-        return [int(one.view(torch.int32).sum(dtype=torch.int64)) for one in scores]
+        return [_bit_sum(member.scores) for member in self.members]
 
     def _cleared(self):
         grads = [member.scores.grad for member in self.members]
-        return self._waits.arrived and all(grad is None or not grad.any() for grad in grads)
+        arrived = self._waiting_gradient.arrived
+        return arrived and all(grad is None or not grad.any() for grad in grads)
 
     def _look(self, reads_gradients):
         "See whether the gradient that waits was used."
-        if self._waits is None:
+        if self._waiting_gradient is None:
             return
-        if self._waits.before != self._sums() or (reads_gradients and self._cleared()):
-            self._waits = None
-            self._due += 1
-
-    def _in_backward(self):
-        backward = self._backward  # another thread may leave it now
-        return backward is not None and backward() is not None
+        changed = self._waiting_gradient.before != self._sums()
+        if changed or (reads_gradients and self._cleared()):
+            self._waiting_gradient = None
+            self._uncounted_steps += 1
 
     def _check(self):
         if any(is_sharded(member.scores) for member in self.members):
@@ -79,12 +84,30 @@ def count(self: StepCounter) -> None:
     with self.lock:
         if self._in_backward() or torch._C._current_graph_task_id() >= 0:
             return
-        trains = self._waits and self._waits.thread in (None, threading.get_ident())
+        waiting = self._waiting_gradient
+        trains = waiting and waiting.thread in (None, threading.get_ident())
         self._look(reads_gradients=trains)
-        if self._due:
+        if self._uncounted_steps:
             for member in self.members:
-                member.steps += self._due
-            self._due = 0
+                member.steps += self._uncounted_steps
+            self._uncounted_steps = 0
+
+# %% ../nbs/11_steps.ipynb #steps-backward-code
+@patch
+def _note_backward(self: StepCounter):
+    "A backward pass has begun: remember it by a function that autograd drops with the pass."
+
+    def leave():
+        self._backward_pass = None
+
+    self._backward_pass = weakref.ref(leave)
+    torch.autograd.Variable._execution_engine.queue_callback(leave)
+
+
+@patch
+def _in_backward(self: StepCounter):
+    backward_pass = self._backward_pass  # another thread may leave it now
+    return backward_pass is not None and backward_pass() is not None
 
 # %% ../nbs/11_steps.ipynb #steps-note
 @patch
@@ -97,11 +120,9 @@ def note_gradient(
     with self.lock:
         if not self._in_backward():
             self._look(reads_gradients=True)
-            leave = partial(setattr, self, "_backward", None)
-            self._backward = weakref.ref(leave)  # autograd frees it if the pass fails
-            torch.autograd.Variable._execution_engine.queue_callback(leave)
-        if self._waits is None:
-            self._waits = _Gradient(self._sums(), thread)
+            self._note_backward()
+        if self._waiting_gradient is None:
+            self._waiting_gradient = _Gradient(self._sums(), thread)
 
 
 @patch
@@ -110,13 +131,14 @@ def note_accumulated(
     scores: Tensor,  # of a member
 ) -> None:
     "A gradient has come to `.grad`."
-    if self._waits is not None:
-        self._waits.arrived = self._waits.arrived or bool(scores.grad.any())
+    waiting = self._waiting_gradient
+    if waiting is not None:
+        waiting.arrived = waiting.arrived or bool(scores.grad.any())
 
 # %% ../nbs/11_steps.ipynb #steps-copy-code
 @patch
 def __getstate__(self: StepCounter):
-    state = self.__dict__ | {"_waits": None, "_backward": None}
+    state = self.__dict__ | {"_waiting_gradient": None, "_backward_pass": None}
     return {name: value for name, value in state.items() if name != "lock"}
 
 

@@ -172,6 +172,20 @@ def need_right_padding(
             "beside. Set tokenizer.padding_side = 'right'."
         )
 
+# %% ../nbs/24_survey.ipynb #returned-code
+def _returned_sizes(calls, kind, advice):
+    "The size of the tuple that each layer returns, 0 for a bare tensor, if the next one takes it."
+    sizes = []
+    for _, _, output in calls:
+        rest = output[1:] if isinstance(output, tuple) else []
+        if not isinstance(output, (tuple, Tensor)) or any(one is not None for one in rest):
+            raise ValueError(f"{kind} return more than hidden states. {advice}")
+        sizes.append(len(output) if isinstance(output, tuple) else 0)
+    for (_, _, output), (_, taken, _), size in zip(calls, calls[1:], sizes, strict=False):
+        if taken is None or not torch.equal(output[0] if size else output, taken):
+            raise ValueError(f"{kind} do not take what the layer before returned. {advice}")
+    return sizes
+
 # %% ../nbs/24_survey.ipynb #9698202b
 def survey_layers(
     model: nn.Module,  # of transformers
@@ -186,15 +200,7 @@ def survey_layers(
     advice = "Train this model without kept activations."
     if [index for index, _, _ in calls] != list(range(len(layers))):
         raise ValueError(f"{kind} do not run once each, in order. {advice}")
-    sizes = []
-    for _, _, output in calls:
-        rest = output[1:] if isinstance(output, tuple) else []
-        if not isinstance(output, (tuple, Tensor)) or any(one is not None for one in rest):
-            raise ValueError(f"{kind} return more than hidden states. {advice}")
-        sizes.append(len(output) if isinstance(output, tuple) else 0)
-    for (_, _, output), (_, taken, _), size in zip(calls, calls[1:], sizes, strict=False):
-        if taken is None or not torch.equal(output[0] if size else output, taken):
-            raise ValueError(f"{kind} do not take what the layer before returned. {advice}")
+    sizes = _returned_sizes(calls, kind, advice)
     hidden = calls[first][1]
     if hidden.shape[:-1] != batch["input_ids"].shape:
         raise ValueError(

@@ -47,23 +47,21 @@ class _Zeroed:
         self._counts = {}  # weight name -> torch's count of writes after the last switch
 
     def step(self, part, key, places, scratch):
-        "Put back what is zeroed in a piece, then zero it at other places."
+        "Put back what is zeroed in a piece, then zero it at other places; None: at none."
         if key in self.pieces:
             before, values = self.pieces[key]
             where = scratch.widened(before)
-            written = part.index_select(0, where).any()  # also where torch did not count it
-            same = places is not None and before.device == places.device
-            if written:
+            if part.index_select(0, where).any():  # written to, also where torch did not count it
                 self.changed.add(key[0])
-            elif same and torch.equal(before, places):
+            elif _same_places(before, places):
                 return
             part.scatter_(0, where, values.to(part))
         if places is None:
             del self.pieces[key]
-            return
-        where = scratch.widened(places)
-        self.pieces[key] = (places, part.index_select(0, where))
-        part.scatter_(0, where, scratch.zeros)
+        else:
+            where = scratch.widened(places)
+            self.pieces[key] = (places, part.index_select(0, where))
+            part.scatter_(0, where, scratch.zeros)
 
     def weights(self):
         "Names of the weights of which something is zeroed."
@@ -71,6 +69,11 @@ class _Zeroed:
 
     def __getstate__(self):  # of a copy, whose weights count anew
         return self.__dict__ | {"_counts": {}}
+
+
+def _same_places(places, others):
+    "Whether places are those of another mask too, which is None where it prunes nothing."
+    return others is not None and places.device == others.device and torch.equal(places, others)
 
 # %% ../nbs/20_switch.ipynb #scratch-code
 class _Scratch:
@@ -102,28 +105,46 @@ def _run(self: _Zeroed, keys, weights, after):
         part = weight.view(-1)[key[1] * _PIECE : (key[1] + 1) * _PIECE]
         self.step(part, key, after.get(key), scratch[kind])
 
+# %% ../nbs/20_switch.ipynb #threads-code
+@patch
+def _run_in_threads(self: _Zeroed, keys, weights, after):
+    "Switch pieces, divided among torch's threads."
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
+    if threads <= 1:
+        self._run(keys, weights, after)
+        return
+    inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+    def run(some):
+        with torch.inference_mode(inference):
+            self._run(some, weights, after)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, [keys[start::threads] for start in range(threads)]))
+
+# %% ../nbs/20_switch.ipynb #counts-code
+@patch
+def _find_changed(self: _Zeroed, weights):
+    "Name the weights that others wrote to since the last switch, by torch's counts."
+    counts, self._counts = self._counts, {}  # a switch that breaks off leaves no counts
+    self.changed = {name for name, count in counts.items() if weights[name]._version != count}
+
+
+@patch
+def _note_counts(self: _Zeroed, weights):
+    "Remember torch's counts of writes, for weights that it counts them for."
+    counted = {name: weight for name, weight in weights.items() if not weight.is_inference()}
+    self._counts = {name: weight._version for name, weight in counted.items()}
+
 # %% ../nbs/20_switch.ipynb #switch-all
 @patch
 def switch(self: _Zeroed, weights, after):
-    "Switch all pieces to new places, divided among torch's threads."
+    "Switch all pieces to new places."
+    self._find_changed(weights)
     keys = list(dict.fromkeys([*self.pieces, *after]))
-    counts, self._counts = self._counts, {}
-    self.changed = {name for name, count in counts.items() if weights[name]._version != count}
-    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
-    threads = min(torch.get_num_threads(), len(keys)) if on_cpu else 1
-    if threads > 1:
-        inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
-
-        def run(some):
-            with torch.inference_mode(inference):
-                self._run(some, weights, after)
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, [keys[start::threads] for start in range(threads)]))
-    else:
-        self._run(keys, weights, after)
-    held = {name: weights[name] for name, _ in after}
-    self._counts = {n: one._version for n, one in held.items() if not one.is_inference()}
+    self._run_in_threads(keys, weights, after)
+    self._note_counts({name: weights[name] for name, _ in after})
 
 # %% ../nbs/20_switch.ipynb #back-to-base
 @patch
@@ -258,9 +279,9 @@ def add(
     check_same_shapes(mask, dict(self.model.named_parameters()))
     weights = self._weights(mask)
     places = {
-        (weight, piece): places.to(weights[weight].device)
+        (weight, piece): pruned.to(weights[weight].device)
         for weight, kept in mask.items()
-        for piece, places in _places(kept).items()
+        for piece, pruned in _places(kept).items()
     }
     with self._callers.lock:
         self._check_new(name)

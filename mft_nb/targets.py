@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_EXCLUDE', 'HEAD_OUTPUTS', 'linear_modules', 'layer_of', 'find_layers', 'layer_names_in', 'layer_count',
-           'layer_names', 'middle_third', 'check_maskable', 'check_layers', 'check_pattern', 'check_patterns',
-           'maskable_weights', 'unreached_weights', 'warn_unreached', 'WeightInfo', 'describe_weights']
+           'layer_names', 'middle_third', 'maskable_weights', 'check_layers', 'check_pattern', 'check_patterns',
+           'check_maskable', 'unreached_weights', 'warn_unreached', 'WeightInfo', 'describe_weights']
 
 # %% ../nbs/01_targets.ipynb #imports-01_targe
 import re
@@ -37,6 +37,15 @@ def linear_modules(
         for name, module in model.named_modules(remove_duplicate=False)
         if _is_linear(module)
     }
+
+# %% ../nbs/01_targets.ipynb #ca118991
+def _tied(model, linear):
+    "For each linear weight that has another name too: that other name."
+    names = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names[id(weight)].append(name)
+    found = {own: set(group) - {own} for group in names.values() for own in group}
+    return {name: min(found[name]) for name in linear if found.get(name)}
 
 # %% ../nbs/01_targets.ipynb #pattern-code
 DEFAULT_EXCLUDE = (
@@ -107,20 +116,42 @@ def _find_stacks(model, linear, words):
     return named or stacks  # a head of blocks is no stack next to the layers
 
 # %% ../nbs/01_targets.ipynb #22a17fef
-def _place_of(name, stacks, words):
-    "The layer in which a weight lies; None in no layer, or where a word leaves it whole."
-    if not stacks:
-        return None if _matches(name, words) else next(_numbers(name), None)
-    place = next((place for place in _numbers(name) if place.stack in stacks), None)
-    return None if place is None or _matches(name.removeprefix(place.layer), words) else place
+def _place_of(name, stacks):
+    "The layer in which a weight lies: its first number that counts in a stack; None without any."
+    return next((place for place in _numbers(name) if not stacks or place.stack in stacks), None)
 
 
-def _layer_places(model, linear, exclude_modules):
-    "The place of each linear weight, without those in no layer."
+def _excluding(name, behind, patterns):
+    "The first pattern that leaves a weight whole, words only `behind` its layer; None: none does."
+    for pattern in patterns:
+        if _found(pattern, behind if pattern in DEFAULT_EXCLUDE else name):
+            return pattern
+    return None
+
+# %% ../nbs/01_targets.ipynb #overview-code
+@dataclass(frozen=True)
+class _Overview:
+    "What is known of a model's linear weights, by name."
+
+    linear: dict[str, nn.Module]  # all of them
+    tied: dict[str, str]  # of a weight with another name: that name
+    places: dict[str, _Place]  # of a weight in a layer, where no word excludes it
+    excluded: dict[str, str]  # of a weight that is left whole: the pattern that excludes it
+
+
+def _look_at(model, exclude_modules):
+    "The overview of a model."
+    linear, places, excluded = linear_modules(model), {}, {}
     words = [pattern for pattern in exclude_modules if pattern in DEFAULT_EXCLUDE]
     stacks = _find_stacks(model, linear, words)
-    places = {name: _place_of(name, stacks, words) for name in linear}
-    return {name: place for name, place in places.items() if place}
+    for name in linear:
+        place = _place_of(name, stacks)
+        behind = name.removeprefix(place.layer) if place and stacks else name
+        if place and not _matches(behind, words):
+            places[name] = place
+        if pattern := _excluding(name, behind, exclude_modules):
+            excluded[name] = pattern
+    return _Overview(linear, _tied(model, linear), places, excluded)
 
 # %% ../nbs/01_targets.ipynb #33445ba4
 def find_layers(
@@ -128,7 +159,7 @@ def find_layers(
 ) -> dict[str, tuple[int, ...]]:  # by the name of the stack: its layers' numbers, ascending
     "The stacks of layers that hold linear weights."
     found = defaultdict(set)
-    for place in _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE).values():
+    for place in _look_at(model, DEFAULT_EXCLUDE).places.values():
         found[place.stack].add(place.number)
     return {stack: tuple(sorted(numbers)) for stack, numbers in found.items()}
 
@@ -138,7 +169,7 @@ def layer_names_in(
     names: Iterable[str],  # dotted names of its weights
 ) -> dict[str, str | None]:  # by name, that of its layer; None outside of the layers
     "The layers of a model, as `find_layers` finds them, that hold weights."
-    places = _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE).values()
+    places = _look_at(model, DEFAULT_EXCLUDE).places.values()
     layers = dict.fromkeys(place.layer for place in places)
     return {
         name: next((layer for layer in layers if name.startswith(f"{layer}.")), None)
@@ -196,85 +227,40 @@ def _middle(numbers):
     return {ordered[position] for position in middle_third(len(ordered))}
 
 # %% ../nbs/01_targets.ipynb #3e264dd8
-def _in_layers(model, linear, layers, target_modules, exclude_modules):
+def _in_layers(overview, layers, target_modules):
     "The linear modules of the chosen layers, without the excluded ones."
-    places = _layer_places(model, linear, exclude_modules)
+    places = overview.places
     chosen = _chosen_layers(places, layers)
     anywhere = not places or (layers == "all" and target_modules)
     return {
         name: module
-        for name, module in linear.items()
-        if (anywhere or (name in places and places[name].layer in chosen))
-        and _excluding(name, places, exclude_modules) is None
+        for name, module in overview.linear.items()
+        if name not in overview.excluded
+        and (anywhere or (name in places and places[name].layer in chosen))
     }
 
-
-def _excluding(name, places, exclude_modules):
-    "The pattern that leaves a weight whole; None where none does."
-    own = name.removeprefix(places[name].layer) if name in places else name
-    for pattern in exclude_modules:
-        if _found(pattern, own if pattern in DEFAULT_EXCLUDE else name):
-            return pattern
-    return None
-
-# %% ../nbs/01_targets.ipynb #ca118991
-def _tied(model, linear):
-    "For each linear weight that has another name too: that other name."
-    names = defaultdict(list)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names[id(weight)].append(name)
-    found = {own: set(group) - {own} for group in names.values() for own in group}
-    return {name: min(found[name]) for name in linear if found.get(name)}
-
-# %% ../nbs/01_targets.ipynb #check-carriers
-def _refusal(module):
-    "Why the weight of a linear module cannot carry a mask; None where it can."
-    weight = module._parameters.get("weight")
-    packed = hasattr(module, "qweight") or callable(getattr(module, "weight", None))
-    if weight is None and not packed:
-        if hasattr(module, "base_layer"):
-            return (
-                "is wrapped by an adapter (LoRA or another of PEFT). Merge it, for example with "
-                "model.merge_and_unload(), and mask the plain model"
-            )
-        return (
-            "is computed from other parameters, as by weight_norm, spectral_norm or pruning. Undo "
-            "that"
-        )
-    if weight is not None and is_lazy(weight):
-        return "has no shape yet. Run the model once"
-    if hasattr(weight, "device_mesh"):
-        return "is sharded. Put the mask on the whole model first, and shard it then"
-    if packed or hasattr(weight, "__tensor_flatten__"):
-        return f"is quantized ({type(module).__name__}). Load it as it was before"
-    if not weight.is_floating_point() or weight.itemsize == 1:
-        kind = str(weight.dtype).removeprefix("torch.")
-        return f"is quantized, stored as {kind}. Load it as it was before"
-    return None
-
-# %% ../nbs/01_targets.ipynb #check-maskable
-def _check_carriers(linear):
-    "Refuse, by name, a weight that cannot carry a mask."
-    for name, module in linear.items():
-        if reason := _refusal(module):
-            raise ValueError(
-                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
-                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
-            )
-
-
-def check_maskable(
-    model: nn.Module,  # without a mask
-    names: Iterable[str],  # dotted names of linear weights
-) -> None:
-    "Refuse, by name, weights that cannot carry a mask, or that two places share."
-    linear = {name: module for name, module in linear_modules(model).items() if name in names}
-    _check_carriers(linear)
-    for name, other in _tied(model, linear).items():
-        raise ValueError(
-            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
-            "in which they are apart."
-        )
+# %% ../nbs/01_targets.ipynb #8569affa
+def maskable_weights(
+    model: nn.Module,  # any module with linear layers
+    layers: str | Iterable[int] = "middle",  # layer numbers, "middle" (third) or "all"
+    target_modules: Iterable[str] = (),  # regular expressions; a name must match one; none: all
+    exclude_modules: Iterable[str] = DEFAULT_EXCLUDE,  # regular expressions; a name must match none
+) -> dict[str, nn.Parameter]:  # weight matrices by dotted name, in the model's order
+    "The weight matrices that a mask may touch; ValueError when a layer or a pattern fits nothing."
+    target_modules = check_patterns("target_modules", target_modules)
+    exclude_modules = check_patterns("exclude_modules", exclude_modules)
+    layers, overview = check_layers(layers), _look_at(model, exclude_modules)
+    _check_excluded(model, overview.linear, exclude_modules)
+    inside = _in_layers(overview, layers, target_modules)
+    allowed = {name: module for name, module in inside.items() if name not in overview.tied}
+    for pattern in target_modules:
+        if not _matches_any(pattern, allowed):
+            raise ValueError(_unmatched(pattern, _because(model, pattern, overview), allowed))
+    names = [name for name in allowed if not target_modules or _matches(name, target_modules)]
+    if not names:
+        raise ValueError(_nothing_left(model, layers, overview, exclude_modules))
+    _check_carriers({name: allowed[name] for name in names})
+    return {name: allowed[name].weight for name in names}
 
 # %% ../nbs/01_targets.ipynb #71abce72
 def check_layers(
@@ -331,7 +317,7 @@ def check_patterns(
     field: str,  # name in the message
     patterns: Iterable[str],  # regular expressions
 ) -> tuple[str, ...]:  # the same
-    "Refuse, with a TypeError, what is no list, and with a ValueError a pattern that is none."
+    "Refuse what is no list with a TypeError, what is no regular expression with a ValueError."
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise TypeError(
             f"{field} is {patterns!r}; give a list of regular expressions such as ['query']."
@@ -339,8 +325,13 @@ def check_patterns(
     return tuple(check_pattern(pattern) for pattern in patterns)
 
 # %% ../nbs/01_targets.ipynb #check-excluded
-def _check_excluded(linear, exclude_modules):
-    "Refuse exclusions that exclude nothing."
+def _check_excluded(model, linear, exclude_modules):
+    "Refuse exclusions that exclude nothing, and a model in which there is nothing to exclude."
+    if not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no linear weights, so there is nothing to mask. Give a "
+            "model with torch.nn.Linear modules, or with GPT-2's Conv1D."
+        )
     for pattern in exclude_modules:
         if pattern not in DEFAULT_EXCLUDE and not _matches_any(pattern, linear):
             raise ValueError(
@@ -359,32 +350,55 @@ def _short(names, most=6):
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/01_targets.ipynb #8569affa
-def maskable_weights(
-    model: nn.Module,  # any module with linear layers
-    layers: str | Iterable[int] = "middle",  # layer numbers, "middle" (third) or "all"
-    target_modules: Iterable[
-        str
-    ] = (),  # regular expressions; a name must match one; none: all names
-    exclude_modules: Iterable[str] = DEFAULT_EXCLUDE,  # regular expressions; a name must match none
-) -> dict[str, nn.Parameter]:  # weight matrices by dotted name, in the model's order
-    "The weight matrices that a mask may touch; ValueError when a layer or a pattern fits nothing."
-    target_modules = check_patterns("target_modules", target_modules)
-    exclude_modules = check_patterns("exclude_modules", exclude_modules)
-    layers, linear = check_layers(layers), linear_modules(model)
-    _check_excluded(linear, exclude_modules)
-    tied = _tied(model, linear)
-    inside = _in_layers(model, linear, layers, target_modules, exclude_modules)
-    allowed = {n: m for n, m in inside.items() if n not in tied}
-    for pattern in target_modules:
-        if not _matches_any(pattern, allowed):
-            reason = _because(model, pattern, linear, tied, exclude_modules)
-            raise ValueError(_unmatched(pattern, reason, allowed))
-    chosen = {n: m for n, m in allowed.items() if not target_modules or _matches(n, target_modules)}
-    if not chosen:
-        raise ValueError(_nothing_left(model, layers, linear, tied, exclude_modules))
-    _check_carriers(chosen)
-    return {name: module.weight for name, module in chosen.items()}
+# %% ../nbs/01_targets.ipynb #check-carriers
+def _refusal(module):
+    "Why the weight of a linear module cannot carry a mask; None where it can."
+    weight = module._parameters.get("weight")
+    packed = hasattr(module, "qweight") or callable(getattr(module, "weight", None))
+    if weight is None and not packed:
+        if hasattr(module, "base_layer"):
+            return (
+                "is wrapped by an adapter (LoRA or another of PEFT). Merge it, for example with "
+                "model.merge_and_unload(), and mask the plain model"
+            )
+        return (
+            "is computed from other parameters, as by weight_norm, spectral_norm or pruning. Undo "
+            "that"
+        )
+    if weight is not None and is_lazy(weight):
+        return "has no shape yet. Run the model once"
+    if hasattr(weight, "device_mesh"):
+        return "is sharded. Put the mask on the whole model first, and shard it then"
+    if packed or hasattr(weight, "__tensor_flatten__"):
+        return f"is quantized ({type(module).__name__}). Load it as it was before"
+    if not weight.is_floating_point() or weight.itemsize == 1:
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"is quantized, stored as {kind}. Load it as it was before"
+    return None
+
+# %% ../nbs/01_targets.ipynb #check-maskable
+def _check_carriers(linear):
+    "Refuse, by name, a weight that cannot carry a mask."
+    for name, module in linear.items():
+        if reason := _refusal(module):
+            raise ValueError(
+                f"The weight {name!r} cannot be masked: it {reason}, or leave it whole with "
+                "exclude_modules=(*DEFAULT_EXCLUDE, its name)."
+            )
+
+
+def check_maskable(
+    model: nn.Module,  # without a mask
+    names: Iterable[str],  # dotted names of linear weights
+) -> None:
+    "Refuse, by name, weights that cannot carry a mask, or that two places share."
+    linear = {name: module for name, module in linear_modules(model).items() if name in names}
+    _check_carriers(linear)
+    for name, other in _tied(model, linear).items():
+        raise ValueError(
+            f"{name!r} is one tensor with {other!r}, and zeros would appear in both. Load a model "
+            "in which they are apart."
+        )
 
 # %% ../nbs/01_targets.ipynb #unreached-code
 def unreached_weights(
@@ -395,12 +409,12 @@ def unreached_weights(
 ) -> dict[str, int]:  # by name: how many weights; matrices and larger, embeddings left out
     "Weights in the layers of the chosen ones that are left whole: no mask reaches them."
     chosen, exclude_modules = set(chosen), check_patterns("exclude_modules", exclude_modules)
-    places = _layer_places(model, linear_modules(model), DEFAULT_EXCLUDE)
+    places = _look_at(model, DEFAULT_EXCLUDE).places
     inside = {places[name].layer for name in chosen if name in places}
     if layers is not None:
         inside |= set(_chosen_layers(places, check_layers(layers)))
     inside = tuple(f"{layer}." for layer in inside) or ("",)  # the whole model has no layers
-    own = [p for p in exclude_modules if p not in DEFAULT_EXCLUDE or inside == ("",)]
+    own = [one for one in exclude_modules if one not in DEFAULT_EXCLUDE or inside == ("",)]
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return {
         name: parameter.numel()
@@ -430,7 +444,7 @@ def warn_unreached(
             f"{count:,} of the {count + total:,} weights in the chosen layers are left whole, "
             f"because no mask reaches them: {_short(left, 3)}. They are no weights of a linear "
             "module, or two places share them; `keep` holds for the others.",
-            stacklevel=4,
+            stacklevel=4,  # the line that makes an `MFT`, which calls `choose_weights`, then this
         )
 
 # %% ../nbs/01_targets.ipynb #matrix-code
@@ -478,19 +492,18 @@ def _heads_around(model, name):
     return getattr(getattr(model, "config", None), "num_attention_heads", 0)
 
 # %% ../nbs/01_targets.ipynb #33126a1a
-def _because(model, pattern, linear, tied, exclude_modules):
+def _because(model, pattern, overview):
     "Why the first weight that a pattern matches is left whole, for a message."
-    names = dict(model.named_parameters(remove_duplicate=False)) | linear
+    names = dict(model.named_parameters(remove_duplicate=False)) | overview.linear
     name = next((name for name in names if re.search(pattern, name)), None)
     if name is None:
         return ""
-    if name in tied:
-        return f": {name!r} is one tensor with {tied[name]!r}, and zeros would appear in both"
-    if name not in linear:
+    if other := overview.tied.get(name):
+        return f": {name!r} is one tensor with {other!r}, and zeros would appear in both"
+    if name not in overview.linear:
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
         return f": {name!r} belongs to {owner} and is no weight of a linear module"
-    places = _layer_places(model, linear, exclude_modules)
-    if excluded := _excluding(name, places, exclude_modules):
+    if excluded := overview.excluded.get(name):
         return f": {name!r} is left whole by {excluded!r} in exclude_modules"
     return f": {name!r} lies outside the chosen layers"
 
@@ -504,11 +517,11 @@ def _unmatched(pattern, reason, allowed):
     )
 
 
-def _nothing_left(model, layers, linear, tied, exclude_modules):
+def _nothing_left(model, layers, overview, exclude_modules):
     "The message for a choice in which nothing is maskable."
     return (
         f"No weight of {type(model).__name__} is maskable with layers={layers!r}: of "
-        f"{len(linear)} linear weights, {len(tied)} are used in two places, and "
+        f"{len(overview.linear)} linear weights, {len(overview.tied)} are used in two places, and "
         f"all are excluded by {list(exclude_modules)} or lie elsewhere. Choose other layers "
         "or exclude less."
     )

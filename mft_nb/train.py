@@ -247,7 +247,7 @@ class _Watch(TrainerCallback):
         self.eval_every = eval_every
         self.options = {"unit": "step", "leave": False, **bar}
 
-    def look(self, step):
+    def measure_now(self, step):
         if self.evaluate:
             self.history.validation.append([step, self.evaluate()])
             self.bar.set_postfix(validation=f"{self.history.validation[-1][1]:.3f}")
@@ -257,14 +257,14 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, **self.options)
         if self.eval_every and state.global_step == 0:
-            self.look(0)
+            self.measure_now(0)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(1)
         last = state.global_step == state.max_steps
         control.should_save = control.should_save and not last  # what is done is not resumed
         if self.eval_every and (state.global_step % self.eval_every == 0 or last):
-            self.look(state.global_step)
+            self.measure_now(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in logs:
@@ -323,20 +323,21 @@ def _asked(model, tokens, config, context, activations):
     return asked_of(model, tokens, settings)
 
 
-def _look_activations(activations, tokens, validation, tokenizer, config):
-    "Kept activations for the validation, if it is kept; ValueError if the training rows are not."
-    if activations is None:
-        return None
+def _check_held(activations, tokens, max_length):
+    "Refuse kept activations that lack a training row."
     if not activations.holds(tokens):
         raise ValueError(
             "activations does not hold all training rows. Make them with keep_activations from the "
-            f"same rows and tokenizer, with max_length={config.max_length}."
+            f"same rows and tokenizer, with max_length={max_length}."
         )
-    if validation is None:
+
+
+def _activations_for(activations, validation, tokenizer, max_length):
+    "The kept activations where they hold the validation rows, else None."
+    if activations is None or validation is None:
         return None
-    sentences = validation.select_columns(["sentence"])
-    held = activations.holds(tokenise(sentences, tokenizer, config.max_length))
-    return activations if held else None
+    tokens = tokenise(validation.select_columns(["sentence"]), tokenizer, max_length)
+    return activations if activations.holds(tokens) else None
 
 # %% ../nbs/28_train.ipynb #two-classes
 def check_two_classes(
@@ -358,6 +359,29 @@ def check_two_classes(
             "Allowed are None and 'single_label_classification': set model.config.problem_type."
         )
 
+# %% ../nbs/28_train.ipynb #make-trainer
+def _make_trainer(model, tokens, arguments, collator, history, config, callbacks):
+    "Our `Trainer`, with what it needs to know of the run."
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokens,
+        data_collator=collator,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.history, trainer.precision = history, config.precision
+    trainer.lengths = list(tokens["length"])
+    return trainer
+
+
+def _go_on(trainer, folder):
+    "Train from the last whole checkpoint of a folder, or from the start."
+    last = last_whole_checkpoint(folder)
+    if last:
+        vars(trainer.history).update(json.loads((last / "history.json").read_text()))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+
 # %% ../nbs/28_train.ipynb #d73cee9e
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
@@ -378,30 +402,21 @@ def train(
 ) -> History:  # curves of loss and validation accuracy
     "Train a classifier on labelled sentences; a run that was killed goes on where it was."
     tokens = _training_tokens(model, tokenizer, rows, validation, config.max_length)
+    if activations is not None:
+        _check_held(activations, tokens, config.max_length)
     set_seed(config.seed)
     history = History()
-    held = _look_activations(activations, tokens, validation, tokenizer, config)
+    held = _activations_for(activations, validation, tokenizer, config.max_length)
     evaluate = partial(_validation_accuracy, model, tokenizer, validation, config, held)
     bar = {"desc": label, "disable": not progress, "position": position}
     watch = _Watch(history, evaluate if validation else None, measure, eval_every, bar)
+    callbacks = [watch, *callbacks]
     collator, skipping = _with_activations(model, DataCollatorWithPadding(tokenizer), activations)
     asked = partial(_asked, model, tokens, config, context, activations)
-    with own_folder(folder, asked) as place, skipping, same_config(model):
+    with own_folder(folder, asked) as own, skipping, same_config(model):
         saving = save_every if folder else 0
-        trainer = _Trainer(
-            model=model,
-            args=_train_arguments(place, model.device, config, len(rows), saving),
-            train_dataset=tokens,
-            data_collator=collator,
-            callbacks=[watch, *callbacks],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.history, trainer.precision = history, config.precision
-        trainer.lengths = list(tokens["length"])
-        last = last_whole_checkpoint(place)
-        if last:
-            vars(history).update(json.loads((last / "history.json").read_text()))
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        arguments = _train_arguments(own, model.device, config, len(rows), saving)
+        _go_on(_make_trainer(model, tokens, arguments, collator, history, config, callbacks), own)
     model.eval()
     return history
 

@@ -41,6 +41,13 @@ def folder(tmp_path):
     return tmp_path / "mask"
 
 
+@pytest.mark.parametrize("counts", [{"after": 9}, {"after": 6, "before": 9}, {"after": 0.5}])
+def test_a_count_that_cannot_be_is_named_as_the_caller_named_it(counts):
+    field, value = [*counts.items()][-1]
+    with pytest.raises((ValueError, TypeError), match=f"^{field} is {value}"):
+        MaskResult(8, **counts)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A hub that notes its calls; no token of this machine is used."""

@@ -3,12 +3,16 @@
 import functools
 import json
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
+import torch
 from huggingface_hub import constants
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from mft_nb import cli
+from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
 from mft_nb.mask_file import load_mask
 from mft_nb.model import load_classifier
@@ -30,6 +34,7 @@ def files(tmp_path_factory):
     """A model folder, a table of sentences, and tables with one fault each."""
     folder = tmp_path_factory.mktemp("files")
     tokenizer = load_classifier("minilm")[1]
+    torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(num_hidden_layers=6, **SIZES))
     model.save_pretrained(folder / "model")  # with its head, like a fine-tuned one
     tokenizer.save_pretrained(folder / "model")
@@ -126,7 +131,8 @@ def test_stopping_and_a_traceback_on_demand(capsys, monkeypatch):
         raise error
 
     command = cli.plain_errors(functools.wraps(cli.mft_fit)(fail))
-    for error in (ValueError("a\nb"), OSError("a\nb"), ImportError("a\nb"), RuntimeError("a\nb")):
+    for kind in (ValueError, TypeError, FileNotFoundError, ImportError, RuntimeError):
+        error = kind("a\nb")
         assert call_command(command, capsys, error=error) == (2, "mft_fit: error: a b\n")
         with monkeypatch.context() as patch:
             patch.setenv("MFT_TRACEBACK", "1")
@@ -134,6 +140,72 @@ def test_stopping_and_a_traceback_on_demand(capsys, monkeypatch):
                 command(error=error)
     status, said = call_command(command, capsys, error=KeyboardInterrupt())
     assert status == 130 and "Give the same command again to go on." in said
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, capsys):
+    def write():
+        (tmp_path / "none" / "file").write_text("")
+
+    status, said = call_command(cli.plain_errors(write), capsys)
+    check_refusal(status, said, "No such file or directory")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: torch.ones(2) @ torch.ones(3),  # a RuntimeError of torch
+        lambda: torch.nn.Linear(1, 1).load_state_dict({}),  # raised by a `raise` of torch
+        lambda: None + 1,  # a TypeError of Python
+        lambda: int("x"),  # a ValueError of Python
+        lambda: {}["a"],
+    ],
+)
+def test_a_fault_keeps_its_traceback(fault):
+    with pytest.raises((RuntimeError, TypeError, ValueError, KeyError)):
+        cli.plain_errors(fault)()
+
+
+def refuse():
+    raise ValueError("number is -1")
+
+
+def fault():
+    return int("x")
+
+
+@pytest.mark.parametrize("task, is_refusal", [(refuse, True), (fault, False)])
+def test_an_error_in_a_worker_process_is_judged_by_where_it_was_raised(task, is_refusal, capsys):
+    def command():
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            pool.submit(task).result()
+
+    if is_refusal:
+        check_refusal(*call_command(cli.plain_errors(command), capsys), "number is -1")
+    else:
+        with pytest.raises(ValueError, match="invalid literal"):
+            cli.plain_errors(command)()
+
+
+@pytest.mark.parametrize(
+    "command, module, said",
+    [
+        ("mft_fit", "mft_nb.train.fit", "goes on from the last 100th step, or starts anew."),
+        ("mft_apply", "mft_nb.mask.MFT.from_pretrained", "No masked model was written."),
+    ],
+)
+def test_ctrl_c_promises_what_is_true(command, module, said, files, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    options = {"model": str(files / "model"), "out": str(tmp_path / "out")}
+    options |= {"data": str(files / "rows.csv")}
+    if command == "mft_apply":
+        mft = MFT(load_classifier(files / "model")[0], MaskConfig(layers=(2,)))
+        options["mask"] = str(mft.save_pretrained(tmp_path / "mask"))
+    monkeypatch.setattr(module, stop)
+    status, told = call_here(command, capsys, **options)
+    assert status == 130 and told.endswith(said + "\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import GPT2ForSequenceClassification, TrainerCallback
 from mft_nb.bitmask import BitMask, magnitude_mask, random_mask
 from mft_nb.mask import MASK_FILE, MFT, MaskConfig
 from mft_nb.mask_file import load_mask, mask_sha256
+from mft_nb.scores import MaskedWeight, ScoreGroup
 from mft_nb.targets import maskable_weights
 from tests.models import (
     batch,
@@ -246,6 +247,15 @@ def test_a_schedule_counts_steps_that_leave_scores_as_they_are(rates):
     assert mft.bitmask().density_by_tensor() == {"0.weight": 0.5, "2.weight": 0.5}
 
 
+@pytest.mark.parametrize("rate", [0.0625, 0.25])  # with 0.25 the scores change places
+def test_a_schedule_sees_a_step_whose_changes_cancel(rate):
+    group = ScoreGroup(keep=0.5, schedule=((0, 1.0), (1, 0.5)))
+    masked = MaskedWeight(torch.tensor([[1.5, 1.25]]), group)
+    masked(torch.tensor([[1.0, -1.0]])).sum().backward()
+    torch.optim.SGD([masked.scores], lr=rate).step()
+    assert masked.mask.sum() == 1 and masked.steps == 1
+
+
 def test_a_copy_knows_the_steps_of_a_schedule():
     mft = MFT(tiny_bert(), SCHEDULE)
     train_steps(mft, 2)
@@ -323,3 +333,28 @@ def test_a_mask_under_the_default_compiler():
         for scores in mft.scores:
             scores.data.neg_()  # as a moving average writes, which no version counter sees
         assert torch.allclose(compiled(**batch()).logits, first, atol=1e-5)
+
+
+def test_each_argument_of_the_wrong_type_is_told_what_is_right_for_it():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"a MaskConfig, such as MaskConfig\(keep=0.8\)\."):
+        MFT(model, {"keep": 0.8})
+    with pytest.raises(TypeError, match=r"a BitMask, such as what bitmask\(\) gives\."):
+        MFT(model, None, torch.ones(2, 2))
+
+
+def test_of_many_scores_that_differ_the_first_is_named():
+    parts = {f"part{number:02}": nn.Linear(2, 2) for number in range(40)}
+    mft = MFT(nn.ModuleDict(parts), MaskConfig(layers="all", keep=0.5))
+    with pytest.raises(ValueError, match=r"differ in 'part00\."):
+        mft.load_state_dict({})
+
+
+def test_of_many_modules_that_differ_the_first_is_named(tmp_path):
+    heads = [nn.Linear(2, 2) for _ in range(39)]
+    body = nn.Linear(2, 2)
+    config = MaskConfig(layers=[0], keep=0.5, modules_to_save=[r"^[1-9]"])
+    MFT(nn.Sequential(copy.deepcopy(body), *heads), config).save_pretrained(tmp_path)
+    wider = [nn.Linear(2, 3) for _ in range(39)]
+    with pytest.raises(ValueError, match=r"differ in '1\.bias'"):
+        MFT.from_pretrained(nn.Sequential(body, *wider), tmp_path)

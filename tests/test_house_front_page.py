@@ -71,7 +71,8 @@ def test_a_page_answers_before_it_shows_code(page):
     places = [order.index(part) for part in parts]
     assert places == sorted(places)
     code = [cell for cell in rest if cell.cell_type == "code"]
-    assert all(cell.source.startswith("#| code-fold: true") for cell in code)
+    folds = ("#| code-fold: true", "#| code-fold: show")
+    assert all(cell.source.startswith(folds) for cell in code)
 
 
 @pytest.mark.parametrize("page", FINDINGS, ids=lambda page: page.stem)

@@ -25,7 +25,8 @@ from mft_nb.files import remove_parts, whole, write_whole
 from mft_nb.freeze import dropout_rates
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.mask_file import save_mask
-from mft_nb.sharded import weights_sha256
+from mft_nb.sharded import find_threshold, weights_sha256
+from mft_nb.targets import maskable_weights
 from tests.models import batch, copied_state, same_state, tiny_bert, tiny_gpt2_config
 
 ALL = MaskConfig(layers="all", keep=0.5)
@@ -230,7 +231,7 @@ def test_what_was_changed_by_hand_is_named_and_stays():
     mft = MFT(tiny_bert(), MaskConfig(layers="all"))
     with torch.no_grad():
         mft.model.classifier.bias.add_(1)
-    with pytest.warns(UserWarning, match="classifier.bias changed .* stay as they are"):
+    with pytest.warns(UserWarning, match="classifier.bias changed .* unload.. leaves such changes"):
         model = mft.unload()
     assert torch.equal(model.classifier.bias, tiny_bert().classifier.bias + 1)
 
@@ -315,3 +316,30 @@ def test_an_old_folder_does_not_come_back_over_its_successor(tmp_path):
     remove_parts(tmp_path)
     assert holds(tmp_path) == {"run/third.txt": "third"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"layers": [4]}, {"target_modules": ["query"]}])
+def test_a_model_without_linear_weights_is_refused_as_such(asked):
+    with pytest.raises(ValueError, match="^Sequential has no linear weights"):
+        maskable_weights(nn.Sequential(nn.ReLU()), **asked)
+
+
+def test_scores_that_single_precision_cannot_tell_apart_are_not_counted():
+    close = 1 + torch.arange(4, dtype=torch.float64) * 1e-12
+    with pytest.raises(ValueError, match="scores are float64"):
+        find_threshold([close], 2)
+
+
+@pytest.mark.parametrize("kept", [-1, 5])
+def test_a_threshold_for_more_scores_than_there_are_is_refused(kept):
+    with pytest.raises(ValueError, match=f"kept is {kept}; allowed is 0 to 4"):
+        find_threshold([torch.arange(4.0)], kept)
+
+
+def test_the_word_that_leaves_a_weight_whole_is_the_one_that_is_named():
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"inside": nn.Linear(2, 2), "score": nn.Linear(2, 2)}) for _ in range(3)
+    )
+    model = nn.ModuleDict({"embed": blocks})  # a word before the layer's number excludes nothing
+    with pytest.raises(ValueError, match="'embed.0.score.weight' is left whole by 'score'"):
+        maskable_weights(model, layers="all", target_modules=["score"])

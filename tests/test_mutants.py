@@ -227,7 +227,7 @@ def test_a_picture_without_matplotlib_names_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'mft_nb\[study\]'"):
+    with pytest.raises(ImportError, match=r"in a clone of mft_nb, pip install '\.\[study\]'"):
         BitMask({"w": ones(2, 2)}).picture()
 
 

@@ -81,7 +81,7 @@ def test_more_tokens_are_read_when_asked_for(tokenizer):
         (
             lambda rows: Dataset.from_dict({"sentence": ["a", None], "label": [0, 1]}),
             ValueError,
-            "the sentence None in row 1; allowed is text",
+            "the sentence None in row 2; allowed is text",
         ),
     ],
 )
@@ -175,7 +175,7 @@ def test_embeddings_that_were_resized_are_named_by_unload(unfrozen):
     model.resize_token_embeddings(60, mean_resizing=False)
     name = "bert.embeddings.word_embeddings.weight"
     if not unfrozen:
-        with pytest.warns(UserWarning, match=f"{name} changed .* stay as they are"):
+        with pytest.warns(UserWarning, match=f"{name} changed .* unload.. leaves such changes"):
             assert mft.unload().get_input_embeddings().num_embeddings == 60
         return
     with pytest.raises(ValueError, match=f"'{name}' had the shape .50, 32.*and has .60, 32. now"):

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import train, trainer
 from mft_nb.config import MaskConfig
+from mft_nb.data import check_rows, read_table
 from mft_nb.mask import MFT
 from mft_nb.model import _reason, load_classifier
 
@@ -55,6 +56,42 @@ def test_an_encoder_without_its_weights_is_refused(folder, without):
 def test_a_head_may_be_new(folder, without, start):
     without(start)
     assert load_classifier(folder)[0].config.num_labels == 2
+
+
+@pytest.mark.parametrize(
+    "column, second, said",
+    [
+        ("sentence", " ", "empty sentence"),
+        ("sentence", "", "empty sentence"),
+        ("label", 2, "label"),
+    ],
+)
+def test_rows_are_refused_as_in_a_file_and_counted_from_one(column, second, said, tmp_path):
+    columns = {"sentence": ["fine", "dull"], "label": [1, 0]}
+    columns[column] = [columns[column][0], second]
+    rows = Dataset.from_dict(columns)
+    with pytest.raises(ValueError, match=f"rows has .*{said}.* in row 2"):
+        check_rows(rows, "rows")
+    rows.to_pandas().to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(ValueError, match=f"row 2 has .*{said}"):
+        read_table(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_loading_leaves_every_generator_as_it_was(folder, without, headless):
+    if headless:
+        without("classifier")
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    before = states()
+    first = load_classifier(folder, seed=3)[0].classifier.weight
+    assert states() == before
+    torch.rand(1)
+    again = load_classifier(folder, seed=3)[0].classifier.weight
+    assert torch.equal(first, again)  # the seed alone decides a new head
+    other = load_classifier(folder, seed=4)[0].classifier.weight
+    assert torch.equal(first, other) != headless
 
 
 def test_an_error_without_a_message_has_a_reason():

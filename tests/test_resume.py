@@ -106,10 +106,11 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(stopped):
     assert (stopped / "checkpoint-9").exists()
 
 
-def test_a_checkpoint_that_was_not_written_whole_is_passed_over(stopped):
+@pytest.mark.parametrize("part", ["optimizer.pt", "model.safetensors"])
+def test_a_checkpoint_that_was_not_written_whole_is_passed_over(stopped, part):
     whole = steps()[0]
     torn = stopped / "checkpoint-9"
-    (torn / "optimizer.pt").unlink()
+    (torn / part).unlink()
     seen = []
 
     class Note(TrainerCallback):

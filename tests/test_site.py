@@ -278,7 +278,7 @@ def test_the_front_page_opens(root, visit):
     picture.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('main img').naturalWidth > 100")
     page.locator("main a[href='findings/controls.html']").first.click()
-    assert page.locator("h1").inner_text() == "Is a gain the mask's?"
+    assert page.locator("h1").inner_text() == "Does the mask cause the gain?"
 
 
 def test_search_finds_a_name_and_leads_to_it(root, visit):

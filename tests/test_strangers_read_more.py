@@ -1,6 +1,7 @@
 """What a strict reader found: in memory, NaN, names, shapes and threads."""
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -256,3 +257,42 @@ def test_a_later_undo_of_what_is_undone_is_no_error():
         first.undo()
         assert torch.equal(layer.weight == 0, ~masks[1]["weight"])
     assert same(state(layer), before)
+
+
+def test_a_new_thread_with_the_number_of_one_that_has_ended_holds_nobody_up():
+    layer, before, masks = layer_and_masks()
+    ended, found = in_a_thread(lambda: AppliedMask(layer, masks[0]))
+    ended.join(20)
+
+    class SameNumber(threading.Thread):
+        ident = ended.ident
+
+    done = threading.Event()
+    thread = SameNumber(target=done.wait, daemon=True)
+    thread.start()
+    try:
+        AppliedMask(layer, masks[1]).undo()
+    finally:
+        done.set()
+        thread.join(20)
+    found[0].undo()
+    assert same(state(layer), before)
+
+
+def test_a_pickled_mask_belongs_to_the_thread_that_reads_it():
+    layer, before, masks = layer_and_masks()
+    own, copied = pickle.loads(pickle.dumps((layer, AppliedMask(layer, masks[0]))))
+    AppliedMask(own, masks[1]).undo()
+    copied.undo()
+    assert same(state(own), before)
+
+
+def test_zeros_are_not_asked_of_a_mask_that_is_off():
+    layer, _, masks = layer_and_masks()
+    with AppliedMask(layer, masks[0]) as applied:
+        applied.check_zeros()
+    with pytest.raises(RuntimeError, match="no longer in force"):
+        applied.check_zeros()
+    kept = AppliedMask(layer, masks[0])
+    kept.keep()
+    kept.check_zeros()

@@ -1,12 +1,14 @@
 """The benchmark, whole, on a small model."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb.study.bench import (
+    Bench,
     bench_model,
     figures,
     mft_bench,
@@ -14,7 +16,7 @@ from mft_nb.study.bench import (
     ratio_figure,
     switch_passes,
 )
-from mft_nb.study.bench_ways import MODELS, WAYS
+from mft_nb.study.bench_ways import MODELS, WAYS, make_batches, prepare, random_rows
 from tests.commands import call_here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +85,30 @@ def test_published_records_say_what_was_asked():
         record = json.loads(path.read_text())
         assert set(record) == {"asked", "happened", "where"}
         assert figures(record)
+
+
+def test_a_ratio_lies_between_its_quartiles():
+    for path in ROOT.glob("results/bench/*.json"):
+        for row in figures(json.loads(path.read_text())):
+            low, high = row.get("quartiles", (row["ratio"], row["ratio"]))
+            assert low <= row["ratio"] <= high, (path.name, row)
+
+
+def test_settings_are_checked_before_anything_is_measured():
+    for settings, told in [
+        ({"models": ("big",)}, "models holds 'big'"),
+        ({"rounds": {"minilm": 0, "bert_base": 1}}, "allowed is 1 or more for minilm"),
+        ({"sizes": (1500,)}, "multiples of 1000"),
+        ({"switch_rounds": 0}, "switch_rounds is 0"),
+        ({"precision": "int8"}, "precision is 'int8'"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            Bench(**settings)
+
+
+@pytest.mark.parametrize("way", ["published", "kthvalue"])
+def test_the_published_algorithm_may_keep_everything(way):
+    rows = random_rows(4, tokens=6)
+    with ExitStack() as stack:
+        one = prepare(tiny, rows, stack, ways=(way,), keep=1.0)[way]
+        assert one.step(make_batches(rows, size=4)[0]) > 0

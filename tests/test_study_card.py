@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mft_nb.card import mask_card
+from mft_nb.mask_file import load_mask, mask_sha256
 from mft_nb.study.recording import describe_mask, record_result, write_record
-from mft_nb.study.records import prediction_rows, summary
+from mft_nb.study.records import prediction_rows, read_record, summary
 from mft_nb.study.tables import results_frame
 from tests.test_card import ABOUT, save_toy
 
@@ -23,6 +24,15 @@ def test_every_published_mask_has_the_result_of_the_table():
         assert (result.total, result.after) == (row.n, row.correct)
         assert (result.paired.fixed, result.paired.broken) == (row.fixed, row.broken)
         assert result.paired.p_value == row.p_value
+
+
+def test_a_record_gives_only_a_hash_that_a_mask_file_can_have():
+    for path in (ROOT / "results" / "masks").glob("*.safetensors"):
+        result = record_result(ROOT / "results" / "embedded" / f"{path.stem}.json")
+        assert result.mask_sha256 in (None, mask_sha256(load_mask(path).mask))
+    later = record_result(ROOT / "results" / "sst2" / "seed0-90-random.json")
+    told = read_record(ROOT / "results" / "sst2" / "seed0-90-random.json")
+    assert later.mask_sha256 == told["happened"]["mask"]["sha256"]
 
 
 def write_toy_records(folder, mask, data=("a", "a")):

@@ -1,9 +1,12 @@
 """The study's commands as a user types them: help, and one clear sentence for bad input."""
 
+import os
+
 import pytest
 
-from mft_nb.study import cli
+from mft_nb.study import cli, runner
 from mft_nb.study.datasets import load_once
+from mft_nb.study.figures import draw
 from tests.commands import call, call_here, check_help, check_refusal, filled
 
 COMMANDS = ("mft_reproduce", "mft_figures", "mft_results")
@@ -82,3 +85,20 @@ def test_no_registry_in_reach_is_one_sentence(tmp_path, capsys, monkeypatch):
     status, said = call_here(cli.mft_reproduce, capsys, out=str(tmp_path / "out"))
     check_refusal(status, said, "Could not fetch vaderSentiment==3.3.2 from the package registry")
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_newer_record_of_a_study_draws_the_figures_again(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(cli, "print_results", lambda *_: None)
+    monkeypatch.setattr(runner, "run_missing", lambda *_, **__: None)
+    monkeypatch.setattr(draw, "draw_all", lambda *_, **__: drawn.append(True))
+    table = tmp_path / "results" / "embedded" / "seed9-90-none.json"
+    study = table.parent / "controls" / "seed9-90-lora.json"
+    for path, second in ((table, 5), (study, 5), (tmp_path / "figures" / "one.svg", 10)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (second, second))
+    for second, times in ((5, 0), (15, 1)):
+        os.utime(study, (second, second))
+        call_here(cli.mft_reproduce, capsys, out=str(tmp_path))
+        assert len(drawn) == times

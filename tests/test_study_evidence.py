@@ -1,18 +1,25 @@
 """Figures and effects of the studies, drawn from made-up records with a known answer."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
-from mft_nb.study.claims import BERT_MFT, PROGRAM, ledger
+from mft_nb.stats import holm
+from mft_nb.study.claims import BERT_MFT, CLAIMS, PROGRAM, bearing_gap, ledger
 from mft_nb.study.effects import effects, harmless_fraction
-from mft_nb.study.figures.inside import flipped_figure
+from mft_nb.study.figures.inside import flipped_figure, threshold_means
 from mft_nb.study.figures.studies import STUDY_FIGURES, waterfall_figure
 from mft_nb.study.figures.style import save_figure
 from mft_nb.study.plan import plan
 from mft_nb.study.recording import write_record
 from mft_nb.study.records import MissingRecords, prediction_rows, summary
 from mft_nb.study.tables import results_frame
+from mft_nb.study.threshold import half_trained_runs, threshold_frame
 
+ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ("table", "controls", "waterfall", "ablations", "curves")
 CATASTROPHE = "90 % at random changes the converged model by \N{MINUS SIGN}39.5 points"
 ACCURACY = {"baseline": 0.5, "75": 0.76, "90": 0.9}
@@ -75,6 +82,41 @@ def test_a_claim_about_another_treatment_has_a_number_and_no_verdict(folder):
     assert hurts.verdict == "not tested"
     assert hurts["ours [95 %]"].startswith(("\N{MINUS SIGN}6", "\N{MINUS SIGN}5"))
     assert hurts["p, Holm"] == ""
+
+
+def test_a_trained_mask_is_not_judged_by_the_number_of_a_random_one(folder):
+    table = ledger(folder, BERT_MFT).set_index("claim")
+    trained = table.loc["pruning 90 % is a catastrophe; here by our trained mask"]
+    assert trained.verdict == "not tested" and trained["ours [95 %]"] and trained["p, Holm"] == ""
+
+
+def test_what_is_bearable_is_adjusted_for_both_masks_without_training(folder):
+    claims = [claim for claim in CLAIMS if claim.measure is bearing_gap]
+    found = {m: bearing_gap(folder, replace(claims[0], method=m)) for m in ("random", "magnitude")}
+    raw = []
+    for one in found.values():
+        error = (one.high - one.low) / 2 / student.ppf(0.975, one.seeds - 1)
+        raw.append(2 * student.sf(abs(one.difference) / error, one.seeds - 1))
+    assert [one.p_value for one in found.values()] == pytest.approx(list(holm(np.array(raw))))
+    assert any(one.p_value > p for one, p in zip(found.values(), raw, strict=True))
+
+
+def test_marks_of_the_threshold_figure_are_of_the_same_seeds():
+    frame = threshold_frame(ROOT / "results" / "base")
+    runs = half_trained_runs(frame)
+    assert set(frame.query("checkpoint == '75'").seed) == set(range(6))
+    for _, rows in runs.groupby("method", observed=True):
+        assert sorted(rows.seed) == [3, 4, 5]
+    assert threshold_means(frame).accuracy["none"] == pytest.approx(0.706, abs=0.0005)
+
+
+def test_random_masks_of_nine_tenths_have_one_verdict_on_all_pages():
+    pages = ("how_much_can_be_pruned", "what_their_program_does", "ledger")
+    for page in pages:
+        text = (ROOT / "nbs" / "findings" / f"{page}.ipynb").read_text(encoding="utf-8")
+        shown = [line for line in text.splitlines() if "24.0 [" in line and "37.1" in line]
+        assert shown and not any("inconclusive" in line for line in shown), page
+        assert all("hurts" in line or "replicates" in line for line in shown), page
 
 
 def test_the_waterfall_names_the_repair(folder):

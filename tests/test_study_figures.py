@@ -3,11 +3,15 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from mft_nb.study.effects import OURS
 from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
 from mft_nb.study.figures.style import COLORS, GREY
+from mft_nb.study.figures.table import FRONT, _anatomy_title, _changed_title, _front_title
+from mft_nb.study.names import CHECKPOINT_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 12  # of a title, at most
@@ -145,3 +149,26 @@ def test_a_colour_means_a_treatment(drawn):
         return {to_hex(line.get_color()) for line in lines} - allowed
 
     assert not failing(drawn, fault)
+
+
+@pytest.mark.parametrize("continued", [(5.1, 5, 4.9), (20, 20, 20), (-20, 1, 9)])
+def test_no_clear_difference_is_not_called_about_as_much(continued):
+    gains = {OURS: (4.9, 5, 5.1), "continued": continued}
+    places = [(c, method, seed) for c in CHECKPOINT_NAMES for method in FRONT for seed in range(3)]
+    runs = pd.DataFrame(places, columns=["checkpoint", "method", "seed"])
+    points = [gains.get(one.method, (0, 0, 0))[one.seed] / 100 for one in runs.itertuples()]
+    runs = runs.assign(keep=0.9, variant="", validation=0.5, n=100, difference=points)
+    title = _front_title(runs.assign(accuracy=0.5 + runs.difference))
+    assert title.endswith("continued fine-tuning is not clearly worse")
+
+
+def test_a_title_tells_gains_and_harm():
+    words = {"baseline": "helps", "75": "helps", "90": "hurts"}
+    assert _changed_title(words) == "Our masks clearly help 2 and hurt 1 of 3 checkpoints"
+
+
+def test_the_uneven_kind_of_mask_is_named():
+    uneven = {"gradient_all": [0.5], OURS: [9.0]}
+    assert _anatomy_title(uneven).startswith("Our recipe prunes some")
+    uneven["gradient_all"] = [9.0]
+    assert _anatomy_title(uneven).startswith("Both kinds of mask prune some")

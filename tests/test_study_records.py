@@ -31,6 +31,18 @@ def test_a_record_tells_of_the_run_that_was_planned(profile):
             assert told == [run.seed, run.checkpoint, run.method, run.keep], run.name
 
 
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_a_part_says_which_machine_made_its_records(profile):
+    said = {("AVX512",): "first machine", ("AVX2",): "second machine"}
+    workspace = Workspace(str(ROOT))
+    for part in PUBLISHED[profile]:
+        paths = [workspace.record(run) for run in part.runs(profile)]
+        devices = {read_record(path)["where"]["device"].split(", ")[-1] for path in paths}
+        assert part.covers.endswith(said.get((*devices,), "both machines")), part
+        seeds = {read_record(path)["asked"]["seed"] for path in paths}
+        assert seeds == set(part.seeds), part
+
+
 @pytest.mark.parametrize("profile", PLANS)
 def test_numbers_follow_from_predictions(profile):
     folder = ROOT / "results" / profile

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SWITCH_LIMIT', 'interleave', 'ratio', 'training_bytes', 'cost_by_size', 'log_log_slope', 'switch_passes',
-           'matmul_peak', 'step_flops', 'profile_step', 'padding_fraction', 'Bench', 'bench_model', 'figures',
+           'matmul_peak', 'step_flops', 'profile_step', 'padding_fraction', 'Bench', 'bench_model', 'Target', 'figures',
            'at_peak', 'print_figures', 'ratio_figure', 'cost_figure', 'mft_bench']
 
 # %% ../../nbs/study/23_bench.ipynb #need-bench
@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,12 +68,11 @@ def ratio(
     times: dict[str, list[float]],  # seconds by name, one a round
     above: str,  # name in the numerator
     below: str,  # name in the denominator
-) -> dict[str, Any]:  # ratio (of medians), quartiles (over the rounds), rounds
+) -> dict[str, Any]:  # ratio (median of the rounds), quartiles, rounds
     "How much longer one takes than the other."
-    first, second = np.asarray(times[above]), np.asarray(times[below])
-    low, high = np.quantile(first / second, [0.25, 0.75])
-    middle = float(np.median(first) / np.median(second))
-    return {"ratio": middle, "quartiles": [float(low), float(high)], "rounds": len(first)}
+    ratios = np.asarray(times[above]) / np.asarray(times[below])
+    low, middle, high = (float(one) for one in np.quantile(ratios, [0.25, 0.5, 0.75]))
+    return {"ratio": middle, "quartiles": [low, high], "rounds": len(ratios)}
 
 # %% ../../nbs/study/23_bench.ipynb #acd5d0dd
 def training_bytes(
@@ -271,7 +270,7 @@ def padding_fraction(
     return 1 - sum(lengths) / padded
 
 # %% ../../nbs/study/23_bench.ipynb #4619bb90
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     "Settings of a benchmark run."
 
@@ -283,6 +282,23 @@ class Bench:
     switch_rounds: int = 41  # timed rounds for each number of threads
     device: str = "cpu"  # "cpu" or "cuda"
     precision: str = "float32"  # of the products in training, or "bfloat16"
+
+    def __post_init__(self):
+        for name in self.models:
+            if name not in MODELS:
+                raise ValueError(f"models holds {name!r}; known are {', '.join(MODELS)}.")
+            if self.rounds.get(name, 0) < 1:
+                raise ValueError(f"rounds is {self.rounds}; allowed is 1 or more for {name}.")
+        for size in self.sizes:
+            if size < 1000 or size % 1000:
+                raise ValueError(f"sizes holds {size}; allowed are multiples of 1000.")
+        if self.switch_rounds < 1:
+            raise ValueError(f"switch_rounds is {self.switch_rounds}; allowed is 1 or more.")
+        if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
+            told = f"device is {self.device!r}; allowed is cpu, or cuda where torch finds a GPU."
+            raise ValueError(told)
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}; allowed are float32, bfloat16.")
 
 # %% ../../nbs/study/23_bench.ipynb #bb5d08fb
 def bench_model(
@@ -329,14 +345,24 @@ def _adafactor_bytes(trainee, batch):
     return training_bytes(trainee, batch)
 
 # %% ../../nbs/study/23_bench.ipynb #8075c019
-TARGETS = {  # figure: (above, below, limit, "at most" or "at least", model the limit is for)
-    "ours / floor": ("ours", "floor", 1.05, "at most", None),
-    "published / ours": ("published", "ours", 3.0, "at least", "bert_base"),
-    "ours, kept / floor": ("ours, kept", "floor", 0.88, "at most", None),
-    "ours / full": ("ours", "full", 0.52, "at most", None),
-    "ours, kept / full": ("ours, kept", "full", 0.45, "at most", None),
-    "ours / lora": ("ours", "lora", None, "", None),
-    "kthvalue / ours": ("kthvalue", "ours", None, "", None),
+class Target(NamedTuple):
+    "A ratio of step times, and what it must reach."
+
+    above: str  # way in the numerator
+    below: str  # way in the denominator
+    limit: float | None = None  # None: only reported
+    side: str = "at most"  # or "at least"
+    model: str | None = None  # that the limit is for; None: each
+
+
+TARGETS = {
+    "ours / floor": Target("ours", "floor", 1.05),
+    "published / ours": Target("published", "ours", 3.0, "at least", model="bert_base"),
+    "ours, kept / floor": Target("ours, kept", "floor", 0.88),
+    "ours / full": Target("ours", "full", 0.52),
+    "ours, kept / full": Target("ours, kept", "full", 0.45),
+    "ours / lora": Target("ours", "lora"),
+    "kthvalue / ours": Target("kthvalue", "ours"),
 }
 SWITCH_LIMIT = 3.0  # passes over the weights, at most
 
@@ -372,10 +398,11 @@ def _row(figure, model, ratio, limit=None, side="at most", **more):
 def _time_rows(model, seconds):
     "Ratios of the times of a step."
     rows = []
-    for name, (above, below, limit, side, only) in TARGETS.items():
-        if above in seconds:
-            limit = limit if only in (None, model) else None
-            rows.append(_row(name, model, limit=limit, side=side, **ratio(seconds, above, below)))
+    for name, target in TARGETS.items():
+        if target.above in seconds:
+            found = ratio(seconds, target.above, target.below)
+            limit = target.limit if target.model in (None, model) else None
+            rows.append(_row(name, model, limit=limit, side=target.side, **found))
     return rows
 
 
@@ -407,11 +434,11 @@ def at_peak(
         least = found["step_flops"] / found["peak_flops"]
         full, published = (float(np.median(found["seconds"][w])) for w in ("full", "published"))
         for name, best in (("ours / full", least / full), ("published / ours", published / least)):
-            _, _, limit, side, only = TARGETS[name]
-            if only in (None, model):
-                reach = best <= limit if side == "at most" else best >= limit
-                row = {"figure": name, "model": model, "ratio": best, "limit": limit}
-                rows.append(row | {"reach": reach})
+            target = TARGETS[name]
+            if target.model in (None, model):
+                row = _row(name, model, best, target.limit, target.side)
+                row["reach"] = row.pop("met")
+                rows.append(row)
     return rows
 
 # %% ../../nbs/study/23_bench.ipynb #d292a238
@@ -440,6 +467,15 @@ def _ratio_title(found):
     return "Step times of MFT compared with other ways to train"
 
 
+def _ratio_mark(axes, row, place):
+    "A ratio with the middle half of its rounds, and its limit as a short bar."
+    _, color, marker = _MODEL_STYLES[row["model"]]
+    axes.plot(row["quartiles"], [place, place], color=color)
+    axes.plot(row["ratio"], place, marker, color=color)
+    if row["limit"]:
+        axes.plot(row["limit"], place, "|", color="black", ms=14, mew=2.5)
+
+# %% ../../nbs/study/23_bench.ipynb #ratio-figure
 @rc_context(STYLE)
 def ratio_figure(
     record: dict[str, Any],  # of a run
@@ -466,15 +502,6 @@ def ratio_figure(
     note = f"Ours / floor, a step without masks: {told}. Bars: the middle half of the rounds."
     headline(figure, _ratio_title(found), note)
     return figure
-
-
-def _ratio_mark(axes, row, place):
-    "A ratio with the middle half of its rounds, and its limit as a short bar."
-    _, color, marker = _MODEL_STYLES[row["model"]]
-    axes.plot(row["quartiles"], [place, place], color=color)
-    axes.plot(row["ratio"], place, marker, color=color)
-    if row["limit"]:
-        axes.plot(row["limit"], place, "|", color="black", ms=14, mew=2.5)
 
 # %% ../../nbs/study/23_bench.ipynb #10cc17-1
 @rc_context(STYLE)
@@ -511,12 +538,13 @@ def mft_bench(
     precision: str = "",  # float32 or bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)
 ):
     "Measure what a step of Mask Fine-Tuning costs, compared with other ways of training."
-    bench = _asked_bench(models, device, precision)
+    precision = precision or ("float32" if device == "cpu" else "bfloat16")
+    bench = Bench(models=tuple(models.split(",")), device=device, precision=precision)
     rows = load_data("sst2", data)["train"] if data else load_data("snippets")["train"]
     happened = {"models": {}}
     for name in bench.models:
         rounds = bench.rounds[name]
-        happened["models"][name] = bench_model(name, rounds, device, bench.precision)
+        happened["models"][name] = bench_model(name, rounds, device, precision)
     lengths = tokenise(rows, load_classifier("minilm")[1])["length"][:]
     padding = padding_fraction(list(lengths))
     happened["padding"] = {"data": "sst2" if data else "snippets", "share": padding}
@@ -525,27 +553,13 @@ def mft_bench(
         happened["switch"] = switch_passes(bench.switch_rounds)
     now = datetime.now(UTC)
     asked = {"models": list(bench.models), "rounds": bench.rounds, "device": device}
-    asked |= {"precision": bench.precision, "batch": [32, 32], "sizes": list(bench.sizes)}
+    asked |= {"precision": precision, "batch": [32, 32], "sizes": list(bench.sizes)}
     asked |= {"switch_rounds": bench.switch_rounds}
     where = environment() | {"started": now.isoformat(timespec="seconds")}
     if device == "cuda":
         where["device"] = torch.cuda.get_device_name()
     record = {"asked": asked, "happened": happened, "where": where}
-    path = Path(out) / f"{device}-{bench.precision}-{now:%Y%m%dT%H%M%S}.json"
+    path = Path(out) / f"{device}-{precision}-{now:%Y%m%dT%H%M%S}.json"
     write_whole(path, json.dumps(record, indent=1))
     print_figures(record)
     print(f"\nrecord: {path}")
-
-# %% ../../nbs/study/23_bench.ipynb #12aae812
-def _asked_bench(models, device, precision):
-    "The settings that the options of `mft_bench` name."
-    chosen = tuple(models.split(","))
-    for name in chosen:
-        if name not in MODELS:
-            raise ValueError(f"models holds {name!r}; known are {', '.join(MODELS)}.")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device is {device!r}; allowed is cpu, or cuda where torch finds a GPU.")
-    precision = precision or ("float32" if device == "cpu" else "bfloat16")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; allowed are float32, bfloat16.")
-    return Bench(models=chosen, device=device, precision=precision)

@@ -92,7 +92,7 @@ class _TakeCheckpoints(TrainerCallback):
         self.seen = [one for one in known if one[0] <= state.global_step]
 
     def on_step_end(self, args, state, control, **_):
-        passed = any(accuracy >= CHECKPOINTS["75"] for _, accuracy in self.seen)
+        passed = any(reached >= CHECKPOINTS["75"] for _, reached in self.seen)
         every = self.late_every if passed else self.early_every
         last = state.global_step == state.max_steps
         if state.global_step % every and not last:
@@ -111,10 +111,10 @@ def _keep(self: _TakeCheckpoints, reached, step):
     "Write the present model where it is nearer to 75 %, or the best so far."
     middle = CHECKPOINTS["75"]
     if not (self.folder / "75").exists():
-        self._offer("near", reached, step, lambda accuracy: abs(accuracy - middle))
+        self._offer("near", reached, step, lambda value: abs(value - middle))
         if reached >= middle:
             os.replace(self.folder / "near", self.folder / "75")
-    self._offer("best", reached, step, lambda accuracy: -accuracy)
+    self._offer("best", reached, step, lambda value: -value)
 
 
 @patch

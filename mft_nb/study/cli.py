@@ -20,6 +20,11 @@ from fastcore.script import call_parse
 from ..cli import parse_numbers, plain_errors
 
 # %% ../../nbs/study/24_cli.ipynb #18f9261d
+def _studies(folder):
+    "The studies of a profile, besides the table, that have records."
+    return sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
+
+
 def print_results(
     folder: str | Path,  # of one profile's records
     published: str | Path | None = None,  # records to compare with
@@ -80,35 +85,16 @@ def mft_reproduce(
     "Run what is missing of a profile's experiment, print its table and draw its figures."
     need_extra("train", "mft_reproduce")
     need_extra("study", "mft_reproduce")
-    from mft_nb.study.figures.draw import draw_all
-    from mft_nb.study.plan import Workspace, bfloat16_is_slow
-    from mft_nb.study.runner import missing_runs, run_missing
+    from mft_nb.study.plan import Workspace
+    from mft_nb.study.runner import run_missing
 
     chosen = _asked_profile(profile, data, jobs, precision)
     runs = _asked_runs(profile, seeds, studies, shard)
     workspace = Workspace(out, data)
-    waiting = missing_runs(runs, workspace)
-    print(
-        f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to "
-        f"{workspace.records(profile)}"
-    )
-    if waiting and chosen.precision == "bfloat16" and bfloat16_is_slow():
-        print(
-            "This processor has no bfloat16 products of its own: training will take a hundred "
-            "times as long as with --precision float32 (with make: PRECISION=float32)."
-        )
+    _announce(profile, runs, workspace, chosen.precision)
     run_missing(runs, workspace, jobs, chosen, engine=engine)
     print_results(workspace.records(profile), Path("results") / profile)
-    if not _newer(Path(out) / "figures", Path(out) / "results"):
-        draw_all(Path(out) / "results", Path(out) / "figures", quiet=True)
-    print(f"figures are in {Path(out) / 'figures'}")
-
-# %% ../../nbs/study/24_cli.ipynb #newer-code
-def _newer(figures, records):
-    "Whether figures were drawn after the last record was written."
-    drawn = [path.stat().st_mtime for path in figures.glob("*.svg")]
-    written = [path.stat().st_mtime for path in records.glob("*/seed*.json")]
-    return bool(drawn) and min(drawn) > max(written)
+    _draw_newer(Path(out) / "results", Path(out) / "figures")
 
 # %% ../../nbs/study/24_cli.ipynb #ffba10bd
 def _asked_profile(profile, data, jobs, precision):
@@ -144,6 +130,39 @@ def _asked_runs(profile, seeds, studies, part_of):
     if not (slash and part.isdigit() and parts.isdigit()):
         raise ValueError(f"shard is {part_of!r}; allowed is i/n, such as 1/2.")
     return shard(runs, int(part), int(parts))
+
+# %% ../../nbs/study/24_cli.ipynb #announce-code
+def _announce(profile, runs, workspace, precision):
+    "Say how many runs are to do, where records go, and what will be slow."
+    from mft_nb.study.plan import bfloat16_is_slow
+    from mft_nb.study.runner import missing_runs
+
+    waiting = missing_runs(runs, workspace)
+    print(
+        f"Profile {profile}: {len(runs)} runs, {len(waiting)} to do; records go to "
+        f"{workspace.records(profile)}"
+    )
+    if waiting and precision == "bfloat16" and bfloat16_is_slow():
+        print(
+            "This processor has no bfloat16 products of its own: training will take a hundred "
+            "times as long as with --precision float32 (with make: PRECISION=float32)."
+        )
+
+# %% ../../nbs/study/24_cli.ipynb #newer-code
+def _newer(figures, records):
+    "Whether figures were drawn after the last record was written."
+    drawn = [path.stat().st_mtime for path in figures.glob("*.svg")]
+    written = [path.stat().st_mtime for path in records.rglob("seed*.json")]
+    return bool(drawn) and min(drawn) > max(written)
+
+
+def _draw_newer(records, figures):
+    "Draw all figures if a record is newer, and say where they are."
+    from mft_nb.study.figures.draw import draw_all
+
+    if not _newer(figures, records):
+        draw_all(records, figures, quiet=True)
+    print(f"figures are in {figures}")
 
 # %% ../../nbs/study/24_cli.ipynb #a0615702
 @call_parse
@@ -181,11 +200,6 @@ def grid_status(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/24_cli.ipynb #profile-tables
-def _studies(folder):
-    "The studies of a profile, besides the table, that have records."
-    return sorted(path.name for path in folder.iterdir() if any(path.glob("*.json")))
-
-
 def _print_profile(folder):
     "Print the table of a profile, all its effects, and the claims that they test."
     from mft_nb.study.claims import ledger

@@ -105,7 +105,7 @@ def environment() -> dict:  # commit, versions, device, threads
 # %% ../../nbs/study/02_recording.ipynb #1d5f2b70
 def record_result(
     path: str | Path,  # JSON of a masked run; its CSV and the unmasked run's files lie there too
-) -> MaskResult:  # with McNemar's exact test, and the hash of the mask
+) -> MaskResult:  # with McNemar's exact test; the hash of the mask, if by its bits
     "A result from a record and the record of the same checkpoint without a mask."
     path = Path(path)
     after = _existing_record(path)
@@ -115,9 +115,12 @@ def record_result(
             f"{before['name']} and {after['name']} were run on different data. Run both again."
         )
     result = paired_result(_right(path.parent, before), _right(path.parent, after))
-    return replace(result, mask_sha256=after["happened"]["mask"]["sha256"])
+    return replace(result, mask_sha256=_mask_hash(after))
 
 # %% ../../nbs/study/02_recording.ipynb #result-parts
+_CODED_HASHES = "5cf779cddba1c565bd95e2bab115c85ab3e52ae5"  # commit of the older kind
+
+
 def _existing_record(path):
     "A record, or a sentence on why it is needed."
     if not path.is_file():
@@ -133,6 +136,12 @@ def _unmasked_name(record):
     if "mask" not in record["happened"]:
         raise ValueError(f"{record['name']} is no run of a mask. Name the record of a masked run.")
     return f"seed{record['asked']['seed']}-{record['asked']['checkpoint']}-none"
+
+
+def _mask_hash(record):
+    "The hash of a record's mask by its bits; None where the record has one of the older kind."
+    first = record["where"].get("commit") == _CODED_HASHES
+    return None if first else record["happened"]["mask"]["sha256"]
 
 
 def _right(folder, record):

@@ -43,7 +43,7 @@ from mft_nb.study.figures.style import (
 )
 from ..names import CHECKPOINT_NAMES, METHOD_NAMES, MODEL_NAMES
 from ..records import MissingRecords, read_predictions, read_record, read_records
-from ..threshold import threshold_frame
+from ..threshold import half_trained_runs, threshold_frame
 
 # %% ../../../nbs/study/19_inside.ipynb #threshold-title
 HALF_WAY = "75"  # the checkpoint in the middle of its training
@@ -52,19 +52,19 @@ HALF_WAY = "75"  # the checkpoint in the middle of its training
 def threshold_means(
     frame: pd.DataFrame,  # from `mft_nb.study.threshold.threshold_frame`
 ) -> pd.DataFrame:  # a row a method of the half-trained model: accuracy, moved (0 to 1)
-    "Mean accuracy over seeds, with the threshold where it is and moved, without the gradient's."
-    frame = frame[(frame.checkpoint == HALF_WAY) & frame.method.isin(list(METHOD_NAMES))]
-    frame = frame[~frame.method.astype(str).str.startswith("gradient")]
-    return frame.groupby("method", observed=True)[["accuracy", "moved"]].mean()
+    "Mean accuracy over shared seeds, with the threshold where it is and moved; no gradient."
+    runs = half_trained_runs(frame)
+    return runs.groupby("method", observed=True)[["accuracy", "moved"]].mean()
 
 
-def _threshold_title(tables):
+def _threshold_title(runs):
     "Which models gain five points or more without a mask when their threshold is moved."
-    gained = {name: table.moved["none"] - table.accuracy["none"] for name, table in tables.items()}
-    badly = " and ".join(name for name in gained if gained[name] >= 0.05)
-    if badly:
-        return f"Half-trained, {badly} ranks well and decides badly"
-    return "Moving the threshold changes the half-trained model by few points"
+    gained = {name: (one.moved - one.accuracy)[one.method == "none"] for name, one in runs.items()}
+    models = [name for name, points in gained.items() if points.mean() >= 0.05]
+    if not models:
+        return "Moving the threshold changes the half-trained model by few points"
+    some = ", on some seeds only" if any(gained[name].min() < 0.05 for name in models) else ""
+    return f"Moving the threshold alone lifts half-trained {' and '.join(models)}{some}"
 
 # %% ../../../nbs/study/19_inside.ipynb #threshold-figure
 @rc_context(STYLE)
@@ -72,39 +72,40 @@ def threshold_figure(
     folders: dict[str, str | Path],  # by the name of a model, at most two: its profile's records
 ) -> Figure:  # a panel a model; MissingRecords where it has no masks there
     "Accuracy half-way through training, with the threshold at one half and moved."
-    tables = {name: threshold_means(threshold_frame(one)) for name, one in folders.items()}
-    for name, table in tables.items():
-        if "none" not in table.index or len(table) < 2:
+    runs = {name: half_trained_runs(threshold_frame(one)) for name, one in folders.items()}
+    for name, one in runs.items():
+        if not (one.method == "none").any() or one.method.nunique() < 2:
             half = CHECKPOINT_NAMES[HALF_WAY]
             raise MissingRecords(f"{folders[name]} has no masks on its {half} model.")
-    methods = [m for m in METHOD_NAMES if any(m in table.index for table in tables.values())]
-    figure = Figure(figsize=(WIDTH, 0.38 * len(methods) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (name, table) in zip(panels, tables.items(), strict=True):
-        _threshold_rows(axes, table, methods)
-        axes.set(title=name, xlabel="accuracy (%)")
-        axes.margins(x=0.08)
+    methods = [m for m in METHOD_NAMES if any((one.method == m).any() for one in runs.values())]
+    figure = Figure(figsize=(WIDTH, 0.46 * len(methods) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, one) in zip(panels, runs.items(), strict=True):
+        _threshold_rows(axes, one, methods)
+        axes.set(title=name, xlabel="accuracy (%)", xmargin=0.08)
     black = {"color": "black", "marker": "o", "ls": "", "ms": 8}
     panels[0].plot([], [], fillstyle="none", label="threshold at one half", **black)
     panels[0].plot([], [], label="moved", **black)
     panels[0].set_yticks(range(len(methods)), [treatment_name(method) for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
     legend_below(figure)
-    note = "Half-trained, means over seeds. The threshold is chosen on one half of the test "
-    note += "sentences and scored on the other, both ways."
-    headline(figure, _threshold_title(tables), note)
+    seeds = [f"{name}: seeds {range_text(one.seed)}" for name, one in runs.items()]
+    note = f"Half-trained. Large marks: means; small ones: seeds. {'; '.join(seeds)}. The "
+    note += "threshold is chosen on one half of the test sentences, scored on the other, both ways."
+    headline(figure, _threshold_title(runs), note)
     return figure
 
 
-def _threshold_rows(axes, table, methods):
-    "A line a method, from a hollow mark to a full one."
+def _threshold_rows(axes, runs, methods):
+    "A line a method, from a hollow mark to a full one; below it, dots for the seeds."
     for row, method in enumerate(methods):
-        if method in table.index:
-            before, after = 100 * table.accuracy[method], 100 * table.moved[method]
-            axes.plot([before, after], [row, row], color=GREY, lw=1.5)
-            style = {"color": COLORS[method], "marker": "o", "ms": 8}
-            axes.plot(before, row, fillstyle="none", **style)
-            axes.plot(after, row, **style)
+        mine = 100 * runs[runs.method == method][["accuracy", "moved"]]
+        style = {"color": COLORS[method], "marker": "o", "ls": ""}
+        axes.plot(mine.mean(), [row, row], color=GREY, lw=1.5)
+        for column, fill_style in (("accuracy", "none"), ("moved", "full")):
+            axes.plot(mine[column].mean(), row, fillstyle=fill_style, ms=8, **style)
+            below = [row + 0.3] * len(mine)
+            axes.plot(mine[column], below, fillstyle=fill_style, ms=3.5, **style)
 
 # %% ../../../nbs/study/19_inside.ipynb #764f5536
 def flips(
@@ -200,9 +201,8 @@ def flipped_figure(
         parts.plot(range(5), by_part, color=COLORS[method], marker=MARKERS[method])
     counts.axvline(0, color="black", lw=1)
     counts.set_yticks(range(len(shown)), [treatment_name(method) for method in shown])
-    counts.set_ylim(len(shown) - 0.5, -0.5)
     counts.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
-    counts.set_xlabel("sentences broken (left), fixed (right)")
+    counts.set(ylim=(len(shown) - 0.5, -0.5), xlabel="sentences broken (left), fixed (right)")
     parts.set_xticks(range(5), ["least\nsure", "second", "third", "fourth", "most\nsure"])
     parts.set(xlabel="fifth of the untreated model's answers", ylabel="flipped (%)")
     start = caption_start(folder, sorted(set(found.seed)), found.sentence.nunique())
@@ -267,14 +267,12 @@ def _summed_note(tables):
     "The numbers behind the title."
     left = range_text(_left_of_scores(tables), "{:.2g}")
     lowest = range_text([table.validation.min() for table in tables], "{:.0f}")
-    return f"BERT-MFT recipe: scores end at {left} % of their start; accuracy falls to {lowest} %."
+    return f"L1 summed: scores end at {left} % of their start; accuracy falls to {lowest} %."
 
 # %% ../../../nbs/study/19_inside.ipynb #trainings-code
 TRAININGS = {  # (study, method, variant): name, style of its line
-    ("table", "mft_seed", ""): ("BERT-MFT recipe", "-"),
-    ("waterfall", "mft_seed", "l1_mean"): ("BERT-MFT, L1 averaged", "--"),
-    ("waterfall", "mft_seed", "l1_zero"): ("BERT-MFT, without L1", ":"),
-    ("table", OURS, ""): ("our recipe", "-"),
+    ("table", "mft_seed", ""): ("L1 summed", "-"),
+    ("waterfall", "mft_seed", "l1_mean"): ("L1 averaged", "--"),
 }
 
 
@@ -306,17 +304,16 @@ def training_curves_figure(
         name, line = TRAININGS[study, method, variant]
         style = {"color": COLORS[method], "ls": line, "marker": MARKERS[method], "label": name}
         for axes, column in zip(panels, ("validation", "size"), strict=True):
-            for table in tables if variant == "" and len(tables) > 1 else []:
-                axes.plot(table.step, table[column], color=COLORS[method], lw=0.7, alpha=0.6)
+            for table in tables if len(tables) > 1 else []:
+                axes.plot(table.step, table[column], line, color=COLORS[method], lw=0.7, alpha=0.6)
             mean = pd.concat(tables).groupby("step")[column].mean()
-            axes.plot(mean.index, mean, **style)
+            axes.plot(mean.index, mean, mfc="white" if variant else None, **style)
     panels[0].set_ylabel("validation\naccuracy (%)")
     panels[1].set(xlabel="optimizer steps", ylabel="mean size\nof a score", yscale="log")
     panels[1].minorticks_off()
     figure.align_ylabels()
     legend_below(figure)
-    note = f"{caption_start(folder, seeds)} Converged models, mean over seeds; thin lines: seeds. "
-    note += "Accuracy: on the few sentences watched in training. Size: known from the penalty. "
+    note = f"{caption_start(folder, seeds)} BERT-MFT recipe, converged; thin lines: seeds. "
     summed = curves["table", "mft_seed", ""]
     headline(figure, _summed_title(summed), note + _summed_note(summed))
     return figure
@@ -359,12 +356,11 @@ def _short(name):
 
 def _mask_rows(mask):
     "A row a matrix of one mask of an inspection."
-    rows = []
+    rows, least = [], mask["least_kept_neuron"]
     for name, spread in mask["neuron_spread"].items():
         row = {"seed": mask["run"]["seed"], "method": mask["run"]["method"]}
         row["layer"], row["matrix"] = _short(name)
-        row |= {"ratio": spread / mask["neuron_chance"][name]}
-        row |= {"least": mask["least_kept_neuron"][name]}
+        row["ratio"], row["least"] = spread / mask["neuron_chance"][name], least[name]
         rows.append(row | {"heads": mask["density_by_head"].get(name)})
     return rows
 
@@ -425,13 +421,11 @@ def _pair_color(name):
 
 
 def _agreement_title(pairs):
-    "How far our masks of two seeds agree, compared with chance."
-    mine = pairs[pairs.pair == f"{treatment_name(OURS)}: two seeds"]
-    if mine.empty or (mine.fraction < 2 * mine.chance).any():
+    "How many of our masks' zeros a magnitude mask has too, where all are far above chance."
+    small = pairs[pairs.pair == f"{treatment_name(OURS)} and {treatment_name('magnitude')}"]
+    if small.empty or (small.fraction < 3 * small.chance).any():
         return "What pairs of masks prune in common"
-    if (mine.fraction < 0.5).all():
-        return "Two seeds of our recipe agree beyond chance, yet mostly differ"
-    return "Two seeds agree on most of the weights that they prune"
+    return f"{100 * small.fraction.mean():.0f} % of our masks' zeros lie among the smallest weights"
 
 # %% ../../../nbs/study/19_inside.ipynb #e0234af4
 @rc_context(STYLE)
@@ -457,8 +451,8 @@ def agreement_figure(
     axes.set(xlim=(0, None), ylim=(len(means) - 0.5, -0.75))
     legend_below(figure)
     seeds = [record["asked"]["seed"] for record in read_inspections(folder, "anatomy")]
-    note = f"{caption_start(folder, seeds)} Converged models, masks of a tenth. A dot a pair of "
-    headline(figure, _agreement_title(pairs), note + "masks; numbers: means.")
+    note = f"{caption_start(folder, seeds)} Converged models, masks of a tenth. Each dot is "
+    headline(figure, _agreement_title(pairs), note + "a pair of masks; the numbers are means.")
     return figure
 
 # %% ../../../nbs/study/19_inside.ipynb #line-title
@@ -492,18 +486,20 @@ def line_figure(
     for mask, lines in tables.items():
         style = {"label": treatment_name(mask), "color": COLORS[mask], "marker": MARKERS[mask]}
         mean_curve(axes, lines, "at", "loss", **style)
-    axes.set(xlabel="fraction of the way to the mask", ylabel="training loss", yscale="log")
+    axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+    axes.set(xlabel="way to the mask (%)", ylabel="training loss", yscale="log")
+    axes.set_xticks([0, 0.01, 0.03, 0.1, 0.3, 1], ["0", "1", "3", "10", "30", "100"])
     axes.set_yticks([0.1, 0.3, 1], ["0.1", "0.3", "1"])
     axes.minorticks_off()
     legend_below(figure)
-    headline(figure, _line_title(tables), inspected_note(folder, records))
+    note = " Both axes: powers of ten; below 1 % the horizontal one is linear."
+    headline(figure, _line_title(tables), inspected_note(folder, records) + note)
     return figure
 
 # %% ../../../nbs/study/19_inside.ipynb #rounds-help
 def _rounds(records, accuracy="accuracy"):
     "A table a record: the fraction pruned after each round and an accuracy in percent."
-    tables = [pd.DataFrame(record["happened"]["rounds"]) for record in records]
-    tables = [table.dropna(subset=[accuracy]) for table in tables]
+    tables = [pd.DataFrame(one["happened"]["rounds"]).dropna(subset=[accuracy]) for one in records]
     return [t.assign(percent=100 * t[accuracy], cut=t.cut.round(4)) for t in tables]
 
 
@@ -531,19 +527,23 @@ def rounds_figure(
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
     color = {"color": COLORS["gradient_fastest"]}
-    once = [table[table.share <= 0.1] for table in cuts_by_rule(records, "fastest")]
+    once = [table.query("share <= 0.1") for table in cuts_by_rule(records, "fastest")]
     once = [table.assign(percent=100 * table.accuracy) for table in once]
     style = {"label": "at once, training sentences", "ls": ":", "marker": "^"}
     mean_curve(panels[0], once, "share", "percent", **color, **style)
     for axes, part in zip(panels, parts, strict=True):
         tables = _rounds(part)
         mean_curve(axes, tables, "cut", "percent", label="in rounds, training sentences", **color)
+        whole = 100 * np.mean([one["happened"]["whole"]["accuracy"] for one in part])
+        axes.axhline(whole, color="black", ls=":", lw=1.5, label="no mask, training sentences")
         axes.set(title=f"{tables[0]['round'].max()} rounds", xlabel="weights pruned (%)")
     panels[0].set_xticks([0, 0.05, 0.1], ["0", "5", "10"])
     if fine:
         tables = _rounds(fine, "test_accuracy")
         style = {"label": "in rounds, test sentences", "ls": "--"}
         mean_curve(panels[1], tables, "cut", "percent", **color, **style)
+        whole = 100 * np.mean([one["happened"]["whole"]["test_accuracy"] for one in fine])
+        panels[1].axhline(whole, color=GREY, ls="-.", lw=1.5, label="no mask, test sentences")
     panels[0].set_ylabel("accuracy (%)")
     legend_below(figure, ncols=1)
     note = inspected_note(folder, records)

@@ -70,8 +70,7 @@ def shown_effects(
     checkpoint: str | None = None,  # "baseline", "75" or "90" alone; None: all
 ) -> pd.DataFrame:  # as `effects` gives them; row: the place of the treatment, from 0
     "Effects of the treatments of the figure; p-values are adjusted over all treatments."
-    found = effects(runs)
-    found = found[found.method.isin(EFFECT_ROWS)]
+    found = effects(runs).query("method in @EFFECT_ROWS")
     if checkpoint:
         found = found[found.checkpoint == checkpoint]
     there = [method for method in EFFECT_ROWS if method in set(found.method)]
@@ -225,14 +224,13 @@ def _row_figure(rows, labels, xlabel, height=0.46):
         color, mean = COLORS[one.method], 100 * one.difference
         if one.seeds == 2 and one.each:
             axes.plot(100 * np.array(one.each), [place] * 2, "o", color=color, mfc="none")
-        elif one.low == one.low:
+        elif pd.notna(one.low):
             style = {"color": color, "ls": ":" if one.seeds == 1 else "-"}
             axes.plot([100 * one.low, 100 * one.high], [place, place], **style)
         axes.plot(mean, place, MARKERS[one.method], color=color)
-        number_above(axes, points_text(one.difference), mean, place)
+        number_above(axes, points_text(round(one.difference, 3)), mean, place)  # no "-0.0"
     axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.75)
-    axes.set_xlabel(xlabel)
+    axes.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.75))
     return figure
 
 # %% ../../../nbs/study/18_study_figures.ipynb #waterfall-titles
@@ -250,7 +248,10 @@ def _steps_title(rows):
     return "From the BERT-MFT recipe to ours, one change a row"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #1155ae5c
-_BARS = "Bars: 95 % intervals over seeds, paired; two seeds: a ring each."
+def _marks_note(rows):
+    "What the bars mean, and the rings where some row has two seeds."
+    rings = " Two seeds: a ring for each seed." if (rows.seeds == 2).any() else ""
+    return f"Bars: 95 % intervals over seeds, paired.{rings}"
 
 
 def _waterfall_runs(folder):
@@ -271,8 +272,8 @@ def waterfall_figure(
     rows = effect_rows(against(frame, "mft_seed"), ALONE)
     if rows.empty:
         raise MissingRecords(f"{folder} has no runs of the study waterfall with one change alone.")
-    figure = _row_figure(rows, _with_seeds(rows), "minus BERT-MFT recipe (points)")
-    note = f"{caption_start(folder, seeds)} Converged models. {_BARS}"
+    figure = _row_figure(rows, _with_seeds(rows), "accuracy minus\nBERT-MFT recipe (points)")
+    note = f"{caption_start(folder, seeds)} Converged models. {_marks_note(rows)}"
     headline(figure, _alone_title(rows), note)
     return figure
 
@@ -286,7 +287,7 @@ def steps_figure(
     rows = effect_rows(frame, STEPS)
     figure = _row_figure(rows, _with_seeds(rows), "accuracy minus no mask (points)")
     note = f"{caption_start(folder, seeds)} Converged models. A row keeps the changes above it. "
-    headline(figure, _steps_title(rows), note + _BARS)
+    headline(figure, _steps_title(rows), note + _marks_note(rows))
     return figure
 
 # %% ../../../nbs/study/18_study_figures.ipynb #243535b5
@@ -302,12 +303,13 @@ ABLATIONS["continued", "rows_24000", 1.0] = "continued fine-tuning, 24,000 sente
 
 # %% ../../../nbs/study/18_study_figures.ipynb #482fffc7
 def _ablations_title(rows, training):
-    "Whether any change is distinguishable from our recipe."
+    "Whether any change is distinguishable from our recipe; mostly two seeds cannot tell."
     what = "sentences or epochs" if training else "layers or matrices"
     clear = sum(verdict(one) in ("helps", "hurts") for _, one in rows.iterrows())
     if clear or rows.seeds.max() < 2:
         return f"Other {what}: {clear} of {len(rows)} choices differ clearly from ours"
-    return f"No other choice of {what} is clearly better or worse"
+    few, end = rows.seeds.median() < 3, "is clearly better or worse"
+    return f"Too few runs to tell {what} apart" if few else f"No other choice of {what} {end}"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #ablations-code
 @rc_context(STYLE)
@@ -326,7 +328,7 @@ def ablations_figure(
         raise MissingRecords(f"{folder} has no runs of the study ablations with these choices.")
     figure = _row_figure(rows, _with_seeds(rows, always=True), "accuracy minus our recipe (points)")
     seeds = sorted(set(runs.merge(rows[_TREATMENT]).seed))
-    note = f"{caption_start(folder, seeds)} Converged models, the same seed. {_BARS}"
+    note = f"{caption_start(folder, seeds)} Converged models, the same seed. {_marks_note(rows)}"
     headline(figure, _ablations_title(rows, training), note)
     return figure
 
@@ -363,7 +365,9 @@ def choice_figure(
     labels = [fill(name.removeprefix("MFT, "), 24) for name in rows.name]
     figure = _row_figure(rows, labels, "validation accuracy minus ours (points)", height=0.52)
     figure.axes[0].tick_params(axis="y", labelsize=9.5)
-    headline(figure, _choice_title(every), _choice_note(every, len(near)))
+    note = f" No mask ({unmasked['seeds']:.0f} seeds) is no recipe. Ahead: p < 0.05 by "
+    note += f"Holm, for all recipes tried; of the first row p = {near.p_holm.iloc[0]:.2g}."
+    headline(figure, _choice_title(every), _choice_note(every, len(near)) + note)
     return figure
 
 # %% ../../../nbs/study/18_study_figures.ipynb #6f2341da
@@ -389,7 +393,7 @@ def _curves_title(frame, checkpoints):
         whole = by_seed.reindex(columns=list(CURVED)).dropna()
         best |= set(whole.idxmax(axis="columns")) or {None}
     if best == {OURS}:
-        return "With most of two layers pruned, our masks keep most accuracy"
+        return "Where most is pruned, our masks keep most accuracy"
     return "Accuracy against the fraction of the weights that is pruned"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #curves-help
@@ -398,7 +402,7 @@ def _seeds_note(frame):
     runs = frame[frame.method.isin(CURVED)].groupby(["method", "keep", "checkpoint"], observed=True)
     counts = runs.seed.nunique()
     parts = [f"{treatment_name(method)} {range_text(counts[method])}" for method in CURVED]
-    return f"seeds ({', '.join(parts)}). Pruned: of two middle layers' weights."
+    return f"seeds ({', '.join(parts)}). Pruned: of the layers that are masked."
 
 
 def _curves(axes, frame):
@@ -452,7 +456,7 @@ def _descent_title(tables):
     "Whether the loss rises where it was predicted to fall, with a tenth pruned."
     tenth = pd.concat([table[table.share == 0.1] for table in tables])
     if (tenth.predicted < 0).all() and (tenth.change > 0).all():
-        return "The gradient predicts a falling loss; pruning makes it rise"
+        return "The gradient predicts a falling loss; pruning a tenth raises it"
     return "Predicted and true change of the loss when weights are pruned"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #f01210c3
@@ -485,7 +489,8 @@ def descent_figure(
     mean_curve(axes, random, "share", "change", **style)
     _descent_scales(axes)
     legend_below(figure, ncols=1)
-    headline(figure, _descent_title(fastest), inspected_note(folder, records))
+    note = " Both axes: powers of ten; the vertical one is linear where the change is small."
+    headline(figure, _descent_title(fastest), inspected_note(folder, records) + note)
     return figure
 
 
@@ -519,13 +524,9 @@ def _farthest(rises):
 
 # %% ../../../nbs/study/18_study_figures.ipynb #rise-title
 def _landscape_title(far):
-    "Whether the loss rises faster around our masked model than around the unmasked one."
-    apart = far[OURS] - far["none"]
-    if (apart > 0).all():
-        return "Around our masks the loss rises faster on each seed"
-    if (apart < 0).all():
-        return "Around our masks the loss rises slower on each seed"
-    return "Seeds disagree whether the loss around our masked model is flatter"
+    "On how many seeds the loss rises slower around our masked model than around the unmasked one."
+    flatter = (far[OURS] < far["none"]).sum()
+    return f"Around our masks the loss is flatter on {flatter or 'none'} of {len(far)} seeds"
 
 # %% ../../../nbs/study/18_study_figures.ipynb #44c40cf9
 @rc_context(STYLE)
@@ -544,10 +545,9 @@ def landscape_figure(
     axes.set(xlabel="distance, in lengths of the weights' rows", ylabel="rise of the training loss")
     legend_below(figure)
     far, seeds = _farthest(rises), [record["asked"]["seed"] for record in records]
-    note = f"{caption_start(folder, seeds)} Converged models, mean over 5 directions; bands: range "
-    note += f"over seeds. At distance {rises['at'].max():g}: {far['none'].mean():.3f} around the "
-    note += f"unmasked model, {far[OURS].mean():.3f} around ours."
-    headline(figure, _landscape_title(far), note)
+    count = len({point["direction"] for point in records[0]["happened"]["around"]["none"]})
+    note = f"{caption_start(folder, seeds)} Converged models, means over {count} directions and "
+    headline(figure, _landscape_title(far), f"{note}seeds; bands: range over seeds.")
     return figure
 
 # %% ../../../nbs/study/18_study_figures.ipynb #ea2271cd

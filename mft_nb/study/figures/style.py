@@ -92,7 +92,7 @@ GLUE = "\N{NO-BREAK SPACE}"  # where a title should not be broken
 
 def _lines(text, width):
     "Lines of at most `width` characters, as few as that takes and about equally long."
-    text = re.sub(r"(?<![,;]) (?=[\d%])", GLUE, text)
+    text = re.sub(r"(?<![,;]) (?=[\d%])", GLUE, text)  # a space before a digit or a %
     whole = {"break_on_hyphens": False, "break_long_words": False}
     longest = max(len(word) for word in text.split(" "))
     fewest = len(textwrap.wrap(text, width, **whole))

@@ -56,15 +56,14 @@ def _front_runs(runs):
 
 # %% ../../../nbs/study/17_table_figures.ipynb #front-title
 def _front_title(frame):
-    "Whether masks lift weak models, and whether continued fine-tuning does less."
+    "Whether masks lift weak models, and where continued fine-tuning is clearly worse."
     found = effects(frame).set_index(["method", "checkpoint"])
     apart = effects(against(frame, OURS)).set_index(["method", "checkpoint"])
     weak = ("baseline", "75")
-    lifted = all(verdict(found.loc[OURS, one]) == "helps" for one in weak)
-    less = any(verdict(apart.loc["continued", one]) == "hurts" for one in weak)
-    if not lifted:
+    if not all(verdict(found.loc[OURS, one]) == "helps" for one in weak):
         return "Accuracy of four treatments on three checkpoints"
-    end = "does less" if less else "does about as much"
+    worse = sum(verdict(apart.loc["continued", one]) == "hurts" for one in weak)
+    end = ("is not clearly worse", "is clearly worse on one", "is clearly worse on both")[worse]
     return f"Trained masks lift weak models; continued fine-tuning {end}"
 
 # %% ../../../nbs/study/17_table_figures.ipynb #front-figure
@@ -122,11 +121,8 @@ def _runs(folder, stems):
     return frame, majority_share(labels)
 
 # %% ../../../nbs/study/17_table_figures.ipynb #4725affd
-REPORTED = {  # accuracy before and after masking, in percent, as BERT-MFT printed it
-    "baseline": (49.54, 53.78),
-    "75": (77.98, 65.71),
-    "90": (90.37, 87.04),
-}
+# accuracy before and after masking, in percent, as BERT-MFT printed it
+REPORTED = {"baseline": (49.54, 53.78), "75": (77.98, 65.71), "90": (90.37, 87.04)}
 
 
 def _whole_checkpoints(folder):
@@ -176,12 +172,14 @@ def _reported_marks(axes, checkpoint, aside, label):
 def _changed_title(words):
     "What our masks clearly do, from a verdict by checkpoint; of one seed there is none."
     helped, hurt = ([c for c in words if words[c] == word] for word in ("helps", "hurts"))
-    for verb, which in (("hurt", hurt), ("help", helped)):
-        if which:
-            names = " and ".join(CHECKPOINT_PHRASES[one] for one in which)
-            only = "" if len(which) == len(words) else " only"
-            names = "every checkpoint" if len(which) == len(CHECKPOINT_NAMES) else names
-            return f"Our masks clearly {verb}{only} {names}"
+    if helped and hurt:
+        counts = f"help {len(helped)} and hurt {len(hurt)} of {len(words)} checkpoints"
+        return f"Our masks clearly {counts}"
+    if which := helped or hurt:
+        names = " and ".join(CHECKPOINT_PHRASES[one] for one in which)
+        only = "" if len(which) == len(words) else " only"
+        names = "every checkpoint" if len(which) == len(CHECKPOINT_NAMES) else names
+        return f"Our masks clearly {'help' if helped else 'hurt'}{only} {names}"
     if words:
         return "Our masks change no checkpoint clearly"
     return "Accuracy of each treatment on each checkpoint"
@@ -288,9 +286,8 @@ def fine_tuning_figure(
     axes.set(xlabel="optimizer steps", ylabel="validation accuracy (%)")
     legend_below(figure)
     by_name = {name: [one for one in found if one["name"] == name] for name in ("75", "90")}
-    title = "Where the checkpoints are taken in full fine-tuning"
-    if _early(by_name):
-        title = "Half-trained models come early in fine-tuning, converged ones late"
+    early = "Half-trained models come early in fine-tuning, converged ones late"
+    title = early if _early(by_name) else "Where the checkpoints are taken in full fine-tuning"
     note = f"{caption_start(folder, seeds)} A line a seed. {_when_taken(found)}. "
     headline(figure, title, note + "Validation chooses them; no test sentence is used.")
     return figure
@@ -509,10 +506,13 @@ def _pruned_by_matrix(records):
 
 # %% ../../../nbs/study/17_table_figures.ipynb #0c394f53
 def _anatomy_title(spreads):
-    "Whether any mask prunes some matrices more than others, from ranges in points."
-    if max(spreads) < 2:
+    "Which kind of mask prunes some matrices more than others, from ranges in points by method."
+    gradient, ours = (max(spreads[method]) >= 2 for method in ("gradient_all", OURS))
+    if not gradient and not ours:
         return "Both kinds of mask prune every matrix about equally"
-    return "The gradient idea prunes some matrices more than others"
+    which = "The gradient idea prunes" if gradient else "Our recipe prunes"
+    which = "Both kinds of mask prune" if gradient and ours else which
+    return f"{which} some matrices more than others"
 
 
 def _matrix_marks(axes, table, method, checkpoint, aside):
@@ -550,7 +550,7 @@ def anatomy_figure(
     note = f"{caption_start(folder, seeds)} A mark a layer{mean}. "
     note += f"Gradient: {every} % of a matrix; tossing a coin for each weight would scatter it by "
     note += f"{coin:.2f} points. Ours: {range_text(np.ravel(ends[OURS]), '{:.1f}')} %, by design."
-    spreads = [high - low for pairs in ends.values() for low, high in pairs]
+    spreads = {name: [high - low for low, high in pairs] for name, pairs in ends.items()}
     headline(figure, _anatomy_title(spreads), note)
     return figure
 

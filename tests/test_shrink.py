@@ -1,0 +1,202 @@
+"""Pruned neurons and heads taken out: the same answers from a plain, smaller model."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mft_nb.mask import MFT, MaskConfig
+from mft_nb.shrink import shrink
+from tests.test_families import PRETRAINED, SIZES, T5, TEXT
+
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 40}
+OPT |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+MORE = {
+    "opt": ("OPTForCausalLM", "OPTConfig", SIZES | OPT),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", PRETRAINED["gemma"][2]),
+    "t5_gated": ("T5ForConditionalGeneration", "T5Config", SIZES | T5),
+}
+MORE["t5_gated"][2]["feed_forward_proj"] = "gated-gelu"
+FAMILIES = PRETRAINED | MORE
+ENDS = {  # of the matrices that a neuron has a row in, by family
+    "gpt2": ("c_fc",),
+    "gpt2_classifier": ("c_fc",),
+    "distilbert": ("lin1",),
+    "vit": ("fc1",),
+    "opt": ("fc1",),
+    "phi": ("fc1",),
+    "gpt_neox": ("dense_h_to_4h",),
+    "t5": ("wi",),
+    "t5_gated": ("wi_0", "wi_1"),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"), ("up_proj",)),
+    **dict.fromkeys(("bert", "roberta", "electra", "mpnet", "deberta_v2"), ("intermediate.dense",)),
+}
+WITH_HEADS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "vit")
+UNKNOWN = ("modernbert", "albert", "mixtral")  # fused gates, one layer for all, experts
+
+
+def made(family, **changes):
+    """A tiny model of a family with biases that are not zero."""
+    kind, config, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**(settings | changes)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def answer(model, family):
+    """Logits for two examples."""
+    torch.manual_seed(1)
+    if family == "vit":
+        return model(pixel_values=torch.randn(2, 3, 8, 8)).logits
+    inputs = {"input_ids": torch.randint(3, 60, (2, 7))}
+    if "t5" in family:
+        inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
+    return model(**inputs).logits
+
+
+def prune_rows(model, ends, counts=(10, 12, 11, 13)):
+    """Set rows of the matrices that go up to zero, in each layer others."""
+    for end in ends:
+        matrices = [one for name, one in model.named_modules() if name.endswith(f".{end}")]
+        for place, matrix in enumerate(matrices):
+            torch.manual_seed(place)
+            rows = torch.randperm(48)[: counts[place % 4]]
+            weight = matrix.weight if isinstance(matrix, nn.Linear) else matrix.weight.T
+            weight[rows[rows < len(weight)]] = 0
+
+
+def check_same(model, smaller, family, folder):
+    """The same answers; also after saving, and loading by the class alone."""
+    assert torch.allclose(answer(model, family), answer(smaller, family), atol=1e-5)
+    smaller.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder).eval()
+    assert torch.equal(answer(loaded, family), answer(smaller, family))
+    assert type(smaller) is type(model) and smaller.num_parameters() < model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_neurons_are_taken_out_of_every_family(family, tmp_path):
+    model = made(family)
+    prune_rows(model, ENDS[family])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    smaller = shrink(model)
+    check_same(model, smaller, family, tmp_path)
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_heads_are_taken_out_where_the_config_can_say_it(family, tmp_path):
+    changes = {"hidden_size": 64, "num_attention_heads": 4}
+    if family != "vit":
+        changes["num_key_value_heads"] = 2
+    model, places = made(family, **changes), ((0, 1), (2, 3), (0, 1, 3), (0, 1, 2))
+    outputs = [one for name, one in model.named_modules() if name.endswith("o_proj")]
+    for matrix, pruned in zip(outputs, places, strict=True):
+        size = matrix.weight.shape[1] // 4
+        for head in pruned:
+            matrix.weight[:, head * size : (head + 1) * size] = 0
+    smaller = shrink(model)
+    assert smaller.config.num_attention_heads == 2
+    if family != "vit":
+        assert smaller.config.num_key_value_heads == 1
+    check_same(model, smaller, family, tmp_path)
+
+
+def test_half_the_heads_of_each_group_may_go():
+    model = made("llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:, :16] = 0
+        layer.self_attn.o_proj.weight[:, 48:] = 0
+    smaller = shrink(model)
+    config = smaller.config
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 2)
+    assert torch.allclose(answer(model, "llama"), answer(smaller, "llama"), atol=1e-5)
+
+
+def test_heads_and_neurons_go_together(tmp_path):
+    model = made("mistral", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    prune_rows(model, ("up_proj",))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:, :32] = 0
+    smaller = shrink(model)
+    assert (smaller.config.num_attention_heads, smaller.config.intermediate_size) == (2, 38)
+    check_same(model, smaller, "mistral", tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "deberta_v2", "t5", "opt"])
+def test_heads_that_must_stay_are_refused_or_named(family):
+    model = made(family)
+    names = ("attention.output.dense", "out_lin", "attn.o", "Attention.o", "out_proj")
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            module.weight[:, : module.weight.shape[1] // 2] = 0
+    with pytest.raises(ValueError, match="cannot be made with another number of heads"):
+        shrink(model)
+    prune_rows(model, ENDS[family])
+    with pytest.warns(UserWarning, match="Pruned heads stay as zeros"):
+        smaller = shrink(model)
+    assert torch.allclose(answer(model, family), answer(smaller, family), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_layers_of_a_kind_that_is_not_known_are_refused(family):
+    with pytest.raises(ValueError, match="No feed-forward layers are known"):
+        shrink(made(family))
+
+
+def test_two_sizes_in_one_config_are_refused():
+    model = made("bart")
+    prune_rows(model, ("fc1",))
+    with pytest.raises(ValueError, match="BartConfig has none of the fields"):
+        shrink(model)
+
+
+def test_a_layer_that_is_full_is_named():
+    model = made("bert")
+    prune_rows(model, ("intermediate.dense",))
+    nn.init.normal_(model.bert.encoder.layer[2].intermediate.dense.weight)
+    with pytest.raises(ValueError, match="layer.2.output.dense needs all of its inputs"):
+        shrink(model)
+
+
+def test_what_was_put_on_is_refused_by_name():
+    model = made("bert")
+    prune_rows(model, ("intermediate.dense",))
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match="a new BertForSequenceClassification in extra"
+    ):
+        shrink(model)
+
+
+def test_type_mode_and_random_state_are_kept():
+    model = made("llama").to(torch.bfloat16).train()
+    prune_rows(model, ("up_proj",))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    smaller = shrink(model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert smaller.training and smaller.dtype == torch.bfloat16
+    assert smaller.generation_config is not model.generation_config
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_mask_of_neurons_that_is_still_trained_is_shrunk(family, tmp_path):
+    pattern = "intermediate.dense" if family == "bert" else "up_proj"
+    model = made(family)
+    config = MaskConfig(layers="all", scope="neuron", keep=0.5, target_modules=[pattern])
+    mft = MFT(model, config)
+    smaller = shrink(mft.model)
+    assert smaller.config.intermediate_size == 24
+    check_same(mft.model.eval(), smaller, family, tmp_path)
+    assert mft.bitmask().density == 0.5  # the mask is still on
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of neurons pruned whole, which is what was asked for
+        merged = mft.merge_and_unload()
+    assert torch.equal(answer(shrink(merged), family), answer(smaller, family))
