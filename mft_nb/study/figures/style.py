@@ -82,6 +82,7 @@ STYLE = {
     "legend.fontsize": 10,
     "lines.markersize": 7,
     "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "butt",  # a bar ends where its interval does
     "errorbar.capsize": 2.5,
     "svg.hashsalt": "mft_nb",
 }
