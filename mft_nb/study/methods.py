@@ -47,7 +47,7 @@ def treat(
     validation: Dataset,  # rows to watch a training on
     profile: Profile,  # of the run: rows for the gradient, precision
     bar: dict,  # options of `train` for its progress bar: progress, position
-    shared: "Shared | None" = None,  # what runs have in common, see below
+    shared: Any = None,  # a `Shared`: what runs have in common, see below
 ) -> tuple[BitMask | None, dict]:  # the mask, and what else the record should hold
     "Do what a run's method does; None where there is no mask."
     if run.method == "none":
@@ -121,7 +121,7 @@ def evaluate(
     model: nn.Module,  # a sequence classifier
     tokenizer: Any,  # its tokenizer
     rows: Dataset,  # columns sentence, label
-    shared: "Shared | None" = None,  # what runs have in common, see below
+    shared: Any = None,  # a `Shared`: what runs have in common, see below
 ) -> pd.DataFrame:  # columns label, prediction, positive; see `prediction_rows`
     "A model's predictions, example by example."
     activations = shared.activations if shared else None
