@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'Scope', 'TensorScope', 'LayerScope', 'GlobalScope', 'Units', 'neuron_units', 'NeuronScope', 'head_units',
-           'HeadScope', 'n_of_m_mask', 'GivenMasks', 'NofM', 'find_scope']
+           'HeadScope', 'input_units', 'FeedForwardScope', 'UnitScope', 'n_of_m_mask', 'GivenMasks', 'NofM',
+           'find_scope']
 
 # %% ../nbs/06_scopes.ipynb #imports-05_select
 import re
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .fraction import check_keep
 from .sharded import Winners
-from .targets import HEAD_OUTPUTS, WeightInfo, layer_names
+from .targets import FFN_OUTPUTS, HEAD_OUTPUTS, WeightInfo, layer_names
 
 # %% ../nbs/06_scopes.ipynb #scope-base
 class Scope:
@@ -141,11 +142,39 @@ class HeadScope(Scope):
     def units(self, info: WeightInfo) -> Units:
         if not info.heads:
             raise ValueError(
-                f"{info.name} does not look like an attention's output projection, so scope 'head' "
-                "cannot tell its heads. Choose those by target_modules, or give heads, the number "
-                "of blocks."
+                f"{info.name} does not look like an attention's output projection, so scope "
+                f"{self.name!r} cannot tell its heads. Choose those by target_modules, or give "
+                "heads, the number of blocks."
             )
         return head_units(info)
+
+# %% ../nbs/06_scopes.ipynb #ffn-scope
+def input_units(
+    info: WeightInfo,  # of the matrix that reads the neurons of a feed-forward layer
+) -> Units:  # as many units as inputs
+    "Each input of a matrix."
+    rows, columns = info.shape
+    return Units(info.shape, info.shape, (1, columns) if info.input_dim else (rows, 1))
+
+
+class FeedForwardScope(Scope):
+    "The neurons of one feed-forward layer compete; a neuron goes where the next matrix reads it."
+
+    name = "ffn"
+    only = FFN_OUTPUTS
+
+    def units(self, info: WeightInfo) -> Units:
+        return input_units(info)
+
+# %% ../nbs/06_scopes.ipynb #unit-scope
+class UnitScope(HeadScope):
+    "The heads of one attention compete, and the neurons of one feed-forward layer."
+
+    name = "unit"
+    only = f"{HEAD_OUTPUTS}|{FFN_OUTPUTS}"
+
+    def units(self, info: WeightInfo) -> Units:
+        return input_units(info) if re.search(FFN_OUTPUTS, info.name) else super().units(info)
 
 # %% ../nbs/06_scopes.ipynb #8b5d82e5
 def n_of_m_mask(
@@ -208,9 +237,8 @@ class NofM(Scope):
         )
 
 # %% ../nbs/06_scopes.ipynb #3a549788
-SCOPES = {
-    kind.name: kind() for kind in (TensorScope, LayerScope, GlobalScope, NeuronScope, HeadScope)
-}
+_SINGLE, _WHOLE = (TensorScope, LayerScope, GlobalScope), (NeuronScope, HeadScope)
+SCOPES = {kind.name: kind() for kind in (*_SINGLE, *_WHOLE, FeedForwardScope, UnitScope)}
 
 
 def find_scope(

@@ -26,7 +26,14 @@ from ..fraction import check_keep
 from ..model import KNOWN_MODELS
 from .checkpoints import CHECKPOINTS
 from .controls import CONTROL_RATES
-from .names import CONTROL_NAMES, INSPECTION_NAMES, METHOD_NAMES, RECIPE_OF
+from mft_nb.study.names import (
+    CONTROL_NAMES,
+    INSPECTION_NAMES,
+    METHOD_NAMES,
+    RECIPE_OF,
+    UNIT_NAMES,
+    UNITS,
+)
 from ..train import TrainConfig
 
 # %% ../../nbs/study/08_plan.ipynb #cc931b67
@@ -96,10 +103,14 @@ PROFILES["base"] = replace(
     precision="bfloat16",
 )
 PROFILES["bert"] = replace(PROFILES["base"], name="bert", model="bert")
+_HELD = {"data": "sst2_held", "look_rows": 1000, "studies": ("units",), "precision": "bfloat16"}
+_TUNED = replace(PROFILES["sst2"].fine_tuning, precision="bfloat16")
+PROFILES["units"] = replace(PROFILES["sst2"], name="units", fine_tuning=_TUNED, **_HELD)
+PROFILES["units_base"] = replace(PROFILES["base"], name="units_base", **_HELD)
 
 # %% ../../nbs/study/08_plan.ipynb #profs001
 def get_profile(
-    name: str,  # "embedded", "sst2", "base" or "bert"
+    name: str,  # a key of `PROFILES`
 ) -> Profile:  # ValueError for an unknown name
     "A profile by name."
     if name not in PROFILES:
@@ -158,6 +169,7 @@ CHOICES |= {
 CHOICES |= {f"rows_{count}": {"rows": count} for count in (1500, 3000, 12000, 24000)}
 _rates = sorted({rate for rates in RATES.values() for rate in rates})
 VARIANTS = FACTORS | CHOICES | {f"rate_{rate:g}": {"learning_rate": rate} for rate in _rates}
+VARIANTS |= UNITS
 
 # %% ../../nbs/study/08_plan.ipynb #e4a70002
 _NO_KEEP = ("none", "gradient_all", *CONTROL_RATES, *INSPECTION_NAMES)  # keep has no meaning
@@ -199,12 +211,21 @@ STUDIES |= {
         *_cells(("90",), ("continued",), variants=("rows_24000",)),
     ],
     "inspections": [*_cells(("90",), INSPECTION_NAMES)],
+    "units": [
+        *_cells(("90",), UNIT_NAMES, (0.9, 0.75, 0.5, 0.25), ("neurons",)),
+        *_cells(("90",), UNIT_NAMES, (0.5,), ("neurons_continued",)),
+        *_cells(("90",), ("units_trained", "units_importance"), (0.25,), ("neurons_continued",)),
+        *_cells(
+            ("90",), ("units_trained", "units_importance"), (0.5,), ("neurons_lora", "neurons_mft")
+        ),
+        *_cells(("90",), UNIT_NAMES, (0.75, 0.5), ("heads",)),
+    ],
 }
 
 # %% ../../nbs/study/08_plan.ipynb #allowed-code
 _ALLOWED = {
     "checkpoint": CHECKPOINTS,
-    "method": (*METHOD_NAMES, *CONTROL_NAMES, *INSPECTION_NAMES),
+    "method": (*METHOD_NAMES, *CONTROL_NAMES, *INSPECTION_NAMES, *UNIT_NAMES),
     "study": STUDIES,
     "variant": ("", *VARIANTS),
 }
@@ -217,7 +238,7 @@ class Run:
     profile: str  # name of its profile
     seed: int  # random seed of head, order of rows, masks and scores; 0 or more
     checkpoint: str  # "baseline", "75" or "90"
-    method: str  # of `METHOD_NAMES`, `CONTROL_NAMES` or `INSPECTION_NAMES`
+    method: str  # of `METHOD_NAMES`, `CONTROL_NAMES`, `INSPECTION_NAMES` or `UNIT_NAMES`
     keep: float = 0.9  # fraction that a mask keeps; 1 where the method does not ask
     study: str = "table"  # a key of `STUDIES`
     variant: str = ""  # a key of `VARIANTS`; none: the method's own settings
@@ -439,6 +460,12 @@ PUBLISHED["base"] = (
     Part("table", (3,), ("none",), ("90",), covers="no mask, converged, second machine"),
     Part("table", (0, 1, 3), _OTHER, ("90",), covers="the two others, converged, both machines"),
     Part("checks", (0, 1, 2), covers="all runs, first machine"),
+)
+_CONTINUED = ("continued", "lora")
+PUBLISHED["units"] = (
+    Part("table", (0, 1, 2), ("none",), ("90",), covers="no mask, converged, third machine"),
+    Part("units", (0, 1, 2), covers="all runs, third machine"),
+    Part("controls", (0, 1, 2), _CONTINUED, ("90",), covers="two trainings, third machine"),
 )
 
 # %% ../../nbs/study/08_plan.ipynb #part0002
