@@ -50,6 +50,7 @@ from mft_nb.scores import (
     trained_state_dict,
 )
 from .sharded import is_sharded, weights_sha256, whole_tensor
+from .shrink import shrink as shrink_model
 from .steps import StepCounter
 from .targets import describe_weights
 
@@ -495,6 +496,15 @@ def save_model(
     self._check_whole()
     with self._without_scores():
         self.model.save_pretrained(folder, **options)
+
+
+@patch
+def shrink(self: MFT) -> nn.Module:  # plain, of the same class, with fewer neurons or heads
+    "A smaller model without what the mask prunes as a whole; the mask stays on this one."
+    self._check_on()
+    self._check_in_place()
+    self._check_whole()
+    return shrink_model(self.model)
 
 # %% ../nbs/19_mask.ipynb #without-scores
 @patch

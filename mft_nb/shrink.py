@@ -33,6 +33,10 @@ ATTENTIONS = (  # names of queries, keys, values and the output
     ("self.query", "self.key", "self.value", "output.dense"),  # BERT, RoBERTa, ELECTRA
     ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),  # DeBERTa-v2
 )
+_FUSED = (  # queries, keys and values in one matrix, and the output
+    ("attn.c_attn", "attn.c_proj"),  # GPT-2
+    ("attention.query_key_value", "attention.dense"),  # GPT-NeoX
+)
 
 
 def blocks(
@@ -185,6 +189,14 @@ def _cut_heads(weights, config):
     return True
 
 
+def _fused_heads_go(weights, config):
+    "Whether heads are pruned whose queries, keys and values are one matrix."
+    heads = next((getattr(config, name) for name in _HEADS if hasattr(config, name)), 0)
+    fused = [output for _, output in blocks(weights.modules, _FUSED)]
+    read = [(weights.matrix(output) != 0).any(dim=0) for output in fused] if heads else []
+    return any(not one.reshape(heads, -1).any(dim=1).all() for one in read)
+
+
 def _cut_attention(weights, inputs, output, needed, kept_groups, in_group):
     "Leave some groups of heads, and some heads in each, of one attention."
     groups = _filled(needed.any(dim=1), kept_groups)
@@ -235,6 +247,8 @@ def shrink(
         if made is not None:
             return made
         _warn_of_heads(model, fewer_neurons)
+    elif _fused_heads_go(weights, config):
+        _warn_of_heads(model, fewer_neurons)
     if not fewer_neurons:
         raise ValueError(_nothing_goes(weights))
     made = _made(model, config, state)
@@ -265,7 +279,8 @@ def _warn_of_heads(model, fewer_neurons):
     "Say that pruned heads stay; ValueError where nothing else goes."
     reason = (
         f"A {type(model).__name__} cannot be made with another number of heads: the size of a head "
-        "follows from the width, or all layers share a bias of each head"
+        "follows from the width, all layers share a bias of each head, or queries, keys and values "
+        "are one matrix"
     )
     if not fewer_neurons:
         raise ValueError(f"{reason}. Prune neurons instead, or load the heads' mask as it is.")

@@ -129,13 +129,18 @@ def test_heads_and_neurons_go_together(tmp_path):
     check_same(model, smaller, "mistral", tmp_path)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "deberta_v2", "t5", "opt"])
+STAY = ("bert", "distilbert", "mpnet", "deberta_v2", "t5", "opt", "gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", STAY)
 def test_heads_that_must_stay_are_refused_or_named(family):
     model = made(family)
     names = ("attention.output.dense", "out_lin", "attn.o", "Attention.o", "out_proj")
+    names += ("attn.c_proj", "attention.dense")
     for name, module in model.named_modules():
         if name.endswith(names):
-            module.weight[:, : module.weight.shape[1] // 2] = 0
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            weight[:, : weight.shape[1] // 2] = 0
     with pytest.raises(ValueError, match="cannot be made with another number of heads"):
         shrink(model)
     prune_rows(model, ENDS[family])
@@ -200,3 +205,69 @@ def test_a_mask_of_neurons_that_is_still_trained_is_shrunk(family, tmp_path):
         warnings.simplefilter("ignore")  # of neurons pruned whole, which is what was asked for
         merged = mft.merge_and_unload()
     assert torch.equal(answer(shrink(merged), family), answer(smaller, family))
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_a_mask_of_coupled_neurons_is_taken_out_of_every_family(family, tmp_path):
+    model = made(family)
+    before = model.num_parameters()
+    mft = MFT(model, MaskConfig(layers="all", scope="ffn", keep=0.75, init="normal"))
+    units = sum(score.numel() for score in mft.scores)
+    assert units == sum(max(mask.shape) for mask in mft.bitmask().values())  # 48 a layer
+    smaller = mft.shrink()
+    assert torch.allclose(answer(model, family), answer(smaller, family), atol=1e-5)
+    assert smaller.num_parameters() < before
+    smaller.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(answer(loaded, family), answer(smaller, family))
+    assert mft.bitmask().density == 0.75  # the mask is still on
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_a_mask_of_neurons_and_heads_is_taken_out(family, tmp_path):
+    changes = {"hidden_size": 64, "num_attention_heads": 4}
+    model = made(family, **changes | ({} if family == "vit" else {"num_key_value_heads": 4}))
+    mft = MFT(model, MaskConfig(layers="all", scope="unit", keep=0.5, init="normal"))
+    smaller = mft.shrink()
+    assert smaller.config.num_attention_heads == 2
+    assert torch.allclose(answer(model, family), answer(smaller, family), atol=1e-5)
+    smaller.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(answer(loaded, family), answer(smaller, family))
+
+
+def test_a_coupled_neuron_is_its_row_bias_and_column():
+    model = made("bert")
+    mft = MFT(model, MaskConfig(layers="all", scope="ffn", keep=0.5, init="normal"))
+    masked, mask = answer(model, "bert"), mft.bitmask()
+    plain = mft.unload()
+    for layer, kept in zip(plain.bert.encoder.layer, mask.values(), strict=True):
+        gone = ~kept.any(dim=0)
+        layer.intermediate.dense.weight[gone] = 0
+        layer.intermediate.dense.bias[gone] = 0
+        layer.output.dense.weight[:, gone] = 0
+    assert torch.equal(answer(plain, "bert"), masked)
+
+
+def test_the_gradient_of_a_coupled_score_is_that_of_a_switch():
+    model = made("bert")
+    mft = MFT(model, MaskConfig(layers="all", scope="ffn", keep=1.0))
+    (answer(model, "bert") ** 2).sum().backward()
+    scores = [score.grad.flatten() for score in mft.scores]
+    plain, switches = mft.unload(), []
+    for layer in plain.bert.encoder.layer:
+        switches.append(torch.ones(48, requires_grad=True))
+        layer.output.dense.register_forward_pre_hook(lambda _, x, s=switches[-1]: (x[0] * s,))
+    loss = (answer(plain, "bert") ** 2).sum()
+    for score, switch in zip(scores, torch.autograd.grad(loss, switches), strict=True):
+        assert torch.allclose(score, switch, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_neurons_is_one_bit_each(tmp_path):
+    model = made("bert", intermediate_size=1536)
+    mft = MFT(model, MaskConfig(layers="all", scope="ffn", keep=0.5, init="normal"))
+    mask, size = mft.bitmask(), mft.save_pretrained(tmp_path).stat().st_size
+    assert size < 4 * 1536 / 8 + 900
+    again = MFT.from_pretrained(mft.unload(), tmp_path)
+    assert again.bitmask() == mask
+    assert again.shrink().config.intermediate_size == 768
