@@ -56,7 +56,7 @@ def equivalence(
     return Equivalence(found, margin, float(max(above, below)))
 
 # %% ../../nbs/study/17_curve.ipynb #points-code
-UNPRUNED = {"none": "unpruned", "continued": "unpruned, fine-tuned", "lora": "unpruned, LoRA"}
+UNPRUNED = ("none", "continued", "lora")
 _COLUMNS = ("method", "units", "after", "keep")
 
 
@@ -82,10 +82,10 @@ def curve_points(
 def _accuracies(folder):
     "Test accuracy by seed, method, units, what follows, and fraction kept."
     found = {}
-    for place in (folder, folder / "controls", folder / "units"):
+    for place in (folder, folder / "units"):
         for record in read_records(place) if any(place.glob("*.json")) else ():
             asked, happened = record["asked"], record["happened"]
-            if "test" in happened and asked["method"] in UNPRUNED | UNIT_NAMES:
+            if "test" in happened and asked["method"] in (*UNPRUNED, *UNIT_NAMES):
                 variant = UNITS.get(asked.get("variant"), {"units": "", "after": ""})
                 key = (asked["seed"], asked["method"], *variant.values(), asked["keep"])
                 found[key] = happened["test"]["accuracy"]

@@ -103,7 +103,8 @@ PROFILES["base"] = replace(
     precision="bfloat16",
 )
 PROFILES["bert"] = replace(PROFILES["base"], name="bert", model="bert")
-_HELD = {"data": "sst2_held", "look_rows": 1000, "studies": ("units",), "precision": "bfloat16"}
+_HELD = {"data": "sst2_held", "look_rows": 1000, "mask_rows": 12000, "precision": "bfloat16"}
+_HELD |= {"studies": ("units",)}
 _TUNED = replace(PROFILES["sst2"].fine_tuning, precision="bfloat16")
 PROFILES["units"] = replace(PROFILES["sst2"], name="units", fine_tuning=_TUNED, **_HELD)
 PROFILES["units_base"] = replace(PROFILES["base"], name="units_base", **_HELD)
@@ -219,6 +220,7 @@ STUDIES |= {
             ("90",), ("units_trained", "units_importance"), (0.5,), ("neurons_lora", "neurons_mft")
         ),
         *_cells(("90",), UNIT_NAMES, (0.75, 0.5), ("heads",)),
+        *_cells(("90",), ("continued", "lora"), variants=("epochs_1",)),
     ],
 }
 
@@ -461,11 +463,9 @@ PUBLISHED["base"] = (
     Part("table", (0, 1, 3), _OTHER, ("90",), covers="the two others, converged, both machines"),
     Part("checks", (0, 1, 2), covers="all runs, first machine"),
 )
-_CONTINUED = ("continued", "lora")
 PUBLISHED["units"] = (
     Part("table", (0, 1, 2), ("none",), ("90",), covers="no mask, converged, third machine"),
     Part("units", (0, 1, 2), covers="all runs, third machine"),
-    Part("controls", (0, 1, 2), _CONTINUED, ("90",), covers="two trainings, third machine"),
 )
 
 # %% ../../nbs/study/08_plan.ipynb #part0002

@@ -178,10 +178,15 @@ def unit_settings(
         layers="all",
         keep=run.keep,
         scope=UNIT_SCOPES[UNITS[run.variant]["units"]],
-        schedule=tuple(pairs) if run.keep < 1 else (),
-        init="ones",
+        schedule=tuple(pairs),
     )
-    return config, replace(TrainConfig.recipe("recommended"), seed=run.seed, precision=precision)
+    return config, _training(run, precision)
+
+
+def _training(run, precision):
+    "How scores are trained: by our recipe, but each sentence is seen once."
+    recipe = TrainConfig.recipe("recommended")
+    return replace(recipe, epochs=1.0, seed=run.seed, precision=precision)
 
 
 _CUTS = ((0, 0.0), (0.5, 1.0))  # part of the steps, fraction of what is cut in the end
@@ -202,7 +207,7 @@ def _choose(run, model, tokenizer, rows, validation, profile, bar):
 def _train_units(run, model, tokenizer, rows, validation, profile, bar):
     "Train one score a unit, from the importance of the units on."
     kind, seen = UNITS[run.variant]["units"], first_rows(rows, profile.gradient_rows)
-    steps = round(len(rows) / TrainConfig.recipe("recommended").batch_size * 2)
+    steps = round(len(rows) / TrainConfig.recipe("recommended").batch_size)
     config, training = unit_settings(run, steps, profile.precision)
     scores = unit_scores("units_importance", model, tokenizer, seen, kind)
     mft = MFT(model, config)
@@ -255,12 +260,11 @@ def _train_after(after, run, model, tokenizer, rows, validation, profile, bar):
     options = {"label": run.name, **bar}
     if after == "mft":
         config = MaskConfig(layers="all", init_seed=run.seed)
-        training = TrainConfig.recipe("recommended")
-        training = replace(training, seed=run.seed, precision=profile.precision)
+        training = _training(run, profile.precision)
         mft = MFT(model, config)
         fit(mft, tokenizer, rows, training, **options)
         mft.merge_and_unload()
         return config.to_dict() | asdict(training)
-    training = control_config(after, seed=run.seed, precision=profile.precision)
+    training = control_config(after, seed=run.seed, precision=profile.precision, epochs=1.0)
     train_control(model, tokenizer, rows, after, training, layers="all", **options)
     return asdict(training)
