@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "site" / "explorer"
 PAGE_FILES = ("index.html", "explorer.css", "explorer.js", "comparison.js", "inside.js")
 BUNDLES = {"@observablehq/plot": "dist/plot.umd.min.js", "d3": "dist/d3.min.js"}
+TABLE_PROFILES = [name for name, one in PROFILES.items() if "units" not in one.studies]
 DATA_NAMES = {"snippets": "packaged snippets", "sst2": "SST-2"}
 TREATMENTS = METHOD_NAMES | CONTROL_NAMES
 STEPS = 2000  # of the threshold, from 0 to 1
@@ -113,9 +114,12 @@ def data_file(sentences, results=ROOT / "results"):
 
 
 def read_runs(results):
-    """Every record with predictions and its rows, in the order in which the page lists them."""
+    """Every record with predictions and its rows, in the order in which the page lists them.
+
+    Profiles of pruned neurons have a page of their own, and are left out.
+    """
     runs = []
-    for profile in PROFILES:
+    for profile in TABLE_PROFILES:
         for path in sorted((results / profile).rglob("*.json")):
             record = read_record(path)
             if "test" in record["happened"]:

@@ -209,7 +209,7 @@ def _print_profile(folder):
 
     print(f"\n{folder.name}")
     print_results(folder)
-    studies = [study for study in _studies(folder) if study != "inspections"]
+    studies = [study for study in _studies(folder) if study not in ("inspections", "units")]
     with pd.option_context("display.width", 200, "display.max_rows", 500):
         try:
             table = effects_table(effects(results_frame(folder, tuple(studies))))
@@ -220,6 +220,17 @@ def _print_profile(folder):
         print(table.to_string(index=False))
         print(f"\n{folder.name}: claims of others")
         print(ledger(folder).to_string(index=False))
+
+
+def _print_curve(folder):
+    "Print accuracy and time of everything that was pruned by neurons or heads."
+    from mft_nb.study.curve import curve_points
+
+    points = curve_points(folder).drop(columns=["seeds", "differences"])
+    print(f"\n{folder.name}: pruned neurons and heads; differences with 90 % intervals")
+    with pd.option_context("display.width", 200, "display.max_rows", 500):
+        print(points.to_string(index=False, float_format="{:.4f}".format))
+
 
 # %% ../../nbs/study/28_cli.ipynb #c2453f90
 @call_parse
@@ -236,6 +247,8 @@ def mft_results(
     print(f"{status.done.sum()} of {status.runs.sum()} runs done; {left or 'none'} to do.")
     for profile in status.profile.unique():
         folder = Path(results) / profile
-        if any(folder.glob("seed*.json")):
+        if any((folder / "units").glob("seed*.json")):
+            _print_curve(folder)
+        elif any(folder.glob("seed*.json")):
             _print_profile(folder)
     mft_figures(results, figures)

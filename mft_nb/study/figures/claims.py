@@ -225,7 +225,9 @@ def changes_figure(
 
 # %% ../../../nbs/study/22_claim_figures.ipynb #ledger-all
 def _alone(folder):
-    "The counts of one profile."
+    "The counts of one profile; MissingRecords where it tests no claim."
+    if not verdict_counts(folder).drop(columns="not tested").to_numpy().any():
+        raise MissingRecords(f"{folder} has no runs that test a claim.")
     model = MODEL_NAMES.get(folder.name, folder.name)
     return verdicts_figure({f"{model}, {DATA_NAMES.get(folder.name, folder.name)}": folder})
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .claims import LEDGER
+from .curve import CURVES
 from .inside import INSIDE
 from .studies import STUDY_FIGURES
 from .style import save_figure
@@ -25,7 +26,9 @@ from .table import FIGURES
 from ..records import MissingRecords
 
 # %% ../../../nbs/study/24_draw.ipynb #all-names
-ALL_FIGURES: dict[str, Callable[[Path], Figure]] = FIGURES | STUDY_FIGURES | INSIDE | LEDGER
+ALL_FIGURES: dict[str, Callable[[Path], Figure]] = (
+    FIGURES | STUDY_FIGURES | INSIDE | LEDGER | CURVES
+)
 
 # %% ../../../nbs/study/24_draw.ipynb #5277b540
 def draw_all(
