@@ -106,13 +106,25 @@ def _check_sentences(rows, what):
             f"{what} is a {type(rows).__name__}; allowed is a datasets.Dataset with the columns "
             "sentence and label, such as Dataset.from_pandas(table) or Dataset.from_list(rows)."
         )
-    sentences = rows["sentence"][:] if "sentence" in rows.column_names else []
+    _check_columns(rows, what, ["sentence"])
+    sentences = rows["sentence"][:]
     number = _first_row(not isinstance(sentence, str) for sentence in sentences)
     if number:
         raise ValueError(
             f"{what} has the sentence {sentences[number - 1]!r} in row {number}; allowed is text. "
             "Leave the row out."
         )
+
+
+def _check_columns(rows, what, names):
+    "Refuse rows that lack a column."
+    for name in names:
+        if name not in rows.column_names:
+            raise ValueError(
+                f"{what} has no column {name!r}; its columns are {rows.column_names}. Rename the "
+                "columns to sentence and label."
+            )
+
 
 # %% ../nbs/23_data.ipynb #check-rows
 def check_rows(
@@ -123,12 +135,7 @@ def check_rows(
     _check_sentences(rows, what)
     if len(rows) == 0:
         raise ValueError(f"{what} is empty; give at least one labelled sentence.")
-    missing = [name for name in ("sentence", "label") if name not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{what} has no column {missing[0]!r}; its columns are {rows.column_names}. Rename the "
-            "columns to sentence and label."
-        )
+    _check_columns(rows, what, ["label"])
     blank = _first_row(not sentence.strip() for sentence in rows["sentence"])
     if blank:
         raise ValueError(
