@@ -7,6 +7,7 @@ __all__ = ['FEED_FORWARDS', 'ATTENTIONS', 'blocks', 'shrink']
 
 # %% ../nbs/18_shrink.ipynb #shrink-imports
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,11 +234,16 @@ def _made(model, config, state):
 @torch.no_grad()
 def shrink(
     model: nn.Module,  # of transformers, whose pruned neurons and heads are zeros; stays as it is
-) -> nn.Module:  # of the same class, with fewer neurons or heads in each layer
-    "Take pruned neurons and heads out; ValueError where nothing can go."
+    sparse: str | None = None,  # "2:4": leave the sizes, store 2:4 matrices as sparse tensors
+) -> nn.Module:  # of the same class: fewer neurons or heads in each layer, or sparse matrices
+    "Take pruned neurons and heads out, or store 2:4 matrices sparsely; ValueError if none can go."
     _check_model(model)
+    if sparse is not None:
+        _check_sparse(sparse, model.device)
     state = {name: one.detach() for name, one in model.state_dict().items()}
     state = {name: one for name, one in state.items() if ".parametrizations." not in name}
+    if sparse is not None:
+        return _with_sparse(model, state)
     weights = _Weights(state, dict(model.named_modules()))
     config = copy.deepcopy(model.config)
     fewer_neurons = _cut_neurons(weights, config)
@@ -264,10 +270,15 @@ def _check_model(model):
     "Refuse what cannot be made again from a config, and what has no values."
     if not hasattr(model, "config") or not hasattr(type(model), "from_pretrained"):
         raise ValueError(
-            f"The model is a {type(model).__name__}; neurons are taken out of models of "
-            "transformers, whose class can be made again from a config."
+            f"The model is a {type(model).__name__}; only models of transformers "
+            "can be shrunk, whose class can be made again from a config."
         )
     for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+            raise ValueError(
+                f"{name} is a sparse tensor already, which cannot be cut. Shrink the dense model "
+                "that it was made from."
+            )
         if tensor.is_meta:
             raise ValueError(
                 f"{name} is on the device meta: it has no values, or they were offloaded. Load the "
@@ -301,3 +312,95 @@ def _nothing_goes(weights):
                 f"target_modules=[{ups[-1].split('.')[-2:][0]!r}])."
             )
     return "Nothing can be taken out: the layers have different sizes, which a config cannot say."
+
+# %% ../nbs/18_shrink.ipynb #shrink-two-of
+def _two_of_four(
+    weight: Tensor,  # (out, in)
+) -> bool:
+    "Whether each four neighbours along the inputs hold at least two zeros."
+    if weight.shape[1] % 4:
+        return False
+    groups = weight.reshape(len(weight), -1, 4)
+    return bool(((groups != 0).sum(dim=2) <= 2).all())
+
+# %% ../nbs/18_shrink.ipynb #shrink-check-sparse
+_DENSE = "run the masked model as it is: it gives the same answers"
+
+
+def _check_sparse(sparse, device):
+    "Refuse an unknown word, and a device that has no products with 2:4 matrices."
+    if sparse != "2:4":
+        raise ValueError(f"sparse is {sparse!r}; allowed are '2:4' and None, which cuts neurons.")
+    if device.type != "cuda":
+        raise ValueError(
+            f"sparse is '2:4', which needs a CUDA GPU, but the model is on the device {device}. "
+            f"Move it with model.to('cuda'), or {_DENSE}."
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ValueError(
+            "sparse is '2:4', which needs a GPU of compute capability 8.0 or newer, but that of "
+            f"{device} is {'.'.join(map(str, capability))}. Take another GPU, or {_DENSE}."
+        )
+
+# %% ../nbs/18_shrink.ipynb #shrink-matrices
+_BLOCK = (32, 64)  # outputs and inputs are multiples of these, for cuSPARSELt and CUTLASS alike
+
+
+def _matrices(model, state):
+    "The linear matrices of a model that are 2:4 and that torch can store, by name."
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = {name: state[f"{name}.weight"] for name in linear if f"{name}.weight" in state}
+    found = {name: one for name, one in found.items() if one.ndim == 2 and _two_of_four(one)}
+    if not found:
+        raise ValueError(
+            "sparse is '2:4', but no linear matrix of the model is: two of each four neighbours "
+            "along the inputs must be zero. Train a mask with MaskConfig(scope='2:4', keep=0.5)."
+        )
+    for name, one in found.items():
+        if one.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                "sparse is '2:4', which needs weights in float16 or bfloat16, but "
+                f"{name}.weight is {str(one.dtype).removeprefix('torch.')}. Convert the model "
+                f"first, as by model.to(torch.bfloat16), or {_DENSE}."
+            )
+    return _that_fit(found)
+
+
+def _that_fit(found):
+    "Those matrices whose shape torch can store; a warning names one of the others."
+    fit = {n: one for n, one in found.items() if not any(map(operator.mod, one.shape, _BLOCK))}
+    if left := [name for name in found if name not in fit]:
+        shape, block = (" x ".join(map(str, one)) for one in (found[left[0]].shape, _BLOCK))
+        told = f"the shape of {left[0]}.weight is {shape}, and torch needs multiples of {block}"
+        if not fit:
+            raise ValueError(f"sparse is '2:4', but {told}. No matrix fits, so {_DENSE}.")
+        warnings.warn(f"{len(left)} of {len(found)} 2:4 matrices stay dense: {told}.", stacklevel=6)
+    return fit
+
+# %% ../nbs/18_shrink.ipynb #shrink-with-sparse
+def _with_sparse(model, state):
+    "A model of the same class, for inference, whose 2:4 matrices are torch's sparse tensors."
+    found = _matrices(model, state)
+    made = _made(model, copy.deepcopy(model.config), state)
+    if made is None:
+        raise ValueError(
+            f"A new {type(model).__name__} does not have the shapes of the model's weights, so it "
+            f"cannot be made again from its config; {_DENSE}."
+        )
+    made.eval().requires_grad_(False)
+    for name, weight in found.items():
+        stored = nn.Parameter(_stored(name, weight), requires_grad=False)
+        made.get_submodule(name).weight = stored
+    return made
+
+
+def _stored(name, weight):
+    "A matrix as torch's sparse tensor."
+    try:
+        return torch.sparse.to_sparse_semi_structured(weight.contiguous())
+    except RuntimeError as error:  # no library for this GPU, for one
+        raise ValueError(
+            f"sparse is '2:4', but torch could not store {name}.weight: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Take another version of torch, or {_DENSE}."
+        ) from error

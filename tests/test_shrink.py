@@ -1,12 +1,19 @@
-"""Pruned neurons and heads taken out: the same answers from a plain, smaller model."""
+"""Pruned neurons and heads taken out, 2:4 matrices stored sparsely: the same answers."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.sparse import (
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+    _semi_structured_conversions,
+)
 
+import mft_nb.shrink
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.shrink import shrink
 from tests.test_families import PRETRAINED, SIZES, T5, TEXT
@@ -271,3 +278,170 @@ def test_a_file_of_neurons_is_one_bit_each(tmp_path):
     again = MFT.from_pretrained(mft.unload(), tmp_path)
     assert again.bitmask() == mask
     assert again.shrink().config.intermediate_size == 768
+class OnCpu(SparseSemiStructuredTensorCUTLASS):
+    """Torch's sparse tensor with its own packing and dispatch, and a product for the CPU."""
+
+    def _mm(self, B, *, bias=None, should_transpose_dense=False, **_):
+        unpack = _semi_structured_conversions.sparse_semi_structured_to_dense_cutlass
+        product = unpack(self.packed, self.meta) @ (B.t() if should_transpose_dense else B)
+        product = product if bias is None else product + bias[:, None]
+        return product.t() if should_transpose_dense else product
+
+
+def packed_on_cpu(dense):
+    """What `to_sparse_semi_structured` does, without its check of the device."""
+    pack = _semi_structured_conversions.sparse_semi_structured_from_dense_cutlass
+    packed, meta = pack(dense)
+    rest = dict.fromkeys(("packed_t", "meta_t", "compressed_swizzled_bitmask"))
+    return OnCpu(dense.shape, packed=packed, meta=meta, **rest)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The CPU passes for a GPU that stores 2:4 matrices."""
+    monkeypatch.setattr(mft_nb.shrink, "_check_sparse", lambda sparse, device: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", packed_on_cpu)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+WIDER = {  # by family: sizes that torch can store
+    "bert": WIDE,
+    "roberta": WIDE,
+    "mpnet": WIDE,
+    "deberta_v2": WIDE,
+    "distilbert": {"dim": 64, "hidden_dim": 128},
+    "vit": WIDE,
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gpt_neox": WIDE,
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 32},
+    "llama": WIDE,
+    "qwen3": WIDE | {"head_dim": 32},
+    "gemma2": WIDE | {"head_dim": 32},
+}
+
+
+def two_of_four(family):
+    """A model with a 2:4 mask baked into two layers, and the names of its masked modules."""
+    model = made(family, **WIDER[family]).to(torch.bfloat16)
+    mft = MFT(model, MaskConfig(layers=[1, 2], scope="2:4", keep=0.5))
+    names = [name.removesuffix(".weight") for name in mft.base_weights()]
+    return mft.merge_and_unload().eval(), names
+
+
+def sparse_names(model):
+    """Where a model has a sparse tensor."""
+    return [n for n, one in model.named_modules() if isinstance(getattr(one, "weight", 0), OnCpu)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructured")
+@pytest.mark.parametrize("family", WIDER)
+def test_matrices_with_two_of_four_are_stored_sparsely(family, a_gpu):
+    model, names = two_of_four(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sparse = shrink(model, sparse="2:4")
+    assert sorted(sparse_names(sparse)) == sorted(names) and type(sparse) is type(model)
+    assert not sparse.training and not any(p.requires_grad for p in sparse.parameters())
+    with torch.inference_mode():
+        expected, found = (answer(one, family).float() for one in (model, sparse))
+    assert (expected - found).abs().max() <= 0.03 * expected.abs().max()  # bfloat16's rounding
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+
+def test_a_stand_in_that_stays_dense_gives_the_same_logits(a_gpu, monkeypatch):
+    given = []
+    stand_in = "to_sparse_semi_structured"
+    monkeypatch.setattr(torch.sparse, stand_in, lambda one: given.append(one.shape) or one)
+    model, names = two_of_four("llama")
+    assert torch.equal(answer(shrink(model, sparse="2:4"), "llama"), answer(model, "llama"))
+    assert len(given) == len(names) == 14
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructured")
+def test_a_mask_that_is_still_on_is_stored_sparsely(a_gpu):
+    model = made("bert", **WIDER["bert"]).to(torch.float16)
+    mft = MFT(model, MaskConfig(layers=[2], scope="2:4", keep=0.5))
+    sparse = shrink(model, sparse="2:4")
+    assert len(sparse_names(sparse)) == 6 and mft.bitmask().density == 0.5
+    with pytest.raises(ValueError, match="weight is a sparse tensor already, which cannot be cut"):
+        shrink(sparse, sparse="2:4")
+    mft.merge_and_unload()
+    assert sparse_names(shrink(model, sparse="2:4")) == sparse_names(sparse)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructured")
+def test_a_sparse_model_is_saved_as_a_dense_one(a_gpu, tmp_path):
+    model, names = two_of_four("bert")
+    sparse = shrink(model, sparse="2:4")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        sparse.save_pretrained(tmp_path / "sparse")
+    model.save_pretrained(tmp_path / "dense")
+    loaded = type(model).from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    assert sorted(sparse_names(shrink(loaded, sparse="2:4"))) == sorted(names)
+
+
+def test_neurons_go_first_and_the_rest_is_stored_sparsely(a_gpu):
+    model, names = two_of_four("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[:64] = 0
+    smaller = shrink(model)
+    assert smaller.config.intermediate_size == 64
+    assert sorted(sparse_names(shrink(smaller, sparse="2:4"))) == sorted(names)
+
+
+REFUSED = {  # what is missing: the word, the change, what is said
+    "word": ("4:8", lambda model: model, "sparse is '4:8'; allowed are '2:4' and None"),
+    "mask": ("2:4", lambda model: made("bert"), "but no linear matrix of the model is"),
+    "dtype": ("2:4", lambda model: model.float(), "float16 or bfloat16, but bert.*is float32"),
+}
+
+
+@pytest.mark.parametrize("missing", REFUSED)
+def test_what_is_missing_for_sparse_matrices_is_named(missing, monkeypatch):
+    word, change, said = REFUSED[missing]
+    on_gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=said) as refusal:
+        shrink(change(two_of_four("bert")[0]), sparse=word)
+    assert str(refusal.value).startswith("sparse is ") and "\n" not in str(refusal.value)
+
+
+def test_a_device_without_sparse_products_is_refused(monkeypatch):
+    model, _ = two_of_four("bert")
+    with pytest.raises(ValueError, match="needs a CUDA GPU, but the model is on the device cpu"):
+        shrink(model, sparse="2:4")
+    monkeypatch.setattr(transformers.PreTrainedModel, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="8.0 or newer, but that of cuda:0 is 7.5"):
+        shrink(model, sparse="2:4")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructured")
+def test_shapes_that_torch_cannot_store_stay_dense_or_are_refused(a_gpu):
+    narrow = made("bert").to(torch.bfloat16)  # 32 inputs
+    MFT(narrow, MaskConfig(layers=[1], scope="2:4", keep=0.5)).merge_and_unload()
+    with pytest.raises(ValueError, match="is 32 x 32, and torch needs multiples of 32 x 64. No"):
+        shrink(narrow, sparse="2:4")
+    mixed = made("bert", hidden_size=64, intermediate_size=96).to(torch.bfloat16)
+    MFT(mixed, MaskConfig(layers=[1], scope="2:4", keep=0.5)).merge_and_unload()
+    with pytest.warns(UserWarning, match="1 of 6 2:4 matrices stay dense: .* is 64 x 96") as said:
+        sparse = shrink(mixed, sparse="2:4")
+    assert len(sparse_names(sparse)) == 5
+    assert said[0].filename == __file__
+
+
+def test_the_shapes_are_those_of_both_libraries():
+    for library in (SparseSemiStructuredTensorCUTLASS, SparseSemiStructuredTensorCUSPARSELT):
+        for dtype in (torch.float16, torch.bfloat16):
+            limits = library._DTYPE_SHAPE_CONSTRAINTS[dtype]
+            rows, columns = mft_nb.shrink._BLOCK
+            assert rows % limits.sparse_min_rows == columns % limits.sparse_min_cols == 0
+
+
+def test_what_torch_cannot_do_is_told_in_a_sentence(a_gpu, monkeypatch):
+    def fails(dense):
+        raise RuntimeError("architecture mismatch when calling `cusparseLtInit`.\nMore lines")
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", fails)
+    with pytest.raises(ValueError, match="could not store bert.* mismatch when .*. Take another"):
+        shrink(two_of_four("bert")[0], sparse="2:4")
