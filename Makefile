@@ -17,7 +17,7 @@ NAMES ?=
 ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install parts reproduce results figures test test-oldest notebooks bench readme docs clean
+.PHONY: help install parts reproduce results figures test test-oldest notebooks bench gpu readme docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ notebooks: parts ## run every notebook, or NAMES, and save the outputs
 
 bench: parts ## measure what a step of MFT costs compared with other ways; adds a record to results/bench/
 	$(BIN)/mft_bench $(if $(DATA),--data "$(DATA)")
+
+gpu: parts ## measure MFT on one GPU in 8 minutes; the same command goes on; adds a record to results/bench/
+	$(BIN)/mft_gpu
 
 readme: install ## make README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
