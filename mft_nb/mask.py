@@ -499,12 +499,15 @@ def save_model(
 
 
 @patch
-def shrink(self: MFT) -> nn.Module:  # plain, of the same class, with fewer neurons or heads
-    "A smaller model without what the mask prunes as a whole; the mask stays on this one."
+def shrink(
+    self: MFT,
+    sparse: str | None = None,  # "2:4": for a mask of scope "2:4", on a GPU that has it
+) -> nn.Module:  # plain, of the same class: fewer neurons or heads, or sparse matrices
+    "A model without what the mask prunes as a whole; the mask stays on this one."
     self._check_on()
     self._check_in_place()
     self._check_whole()
-    return shrink_model(self.model)
+    return shrink_model(self.model, sparse)
 
 # %% ../nbs/19_mask.ipynb #without-scores
 @patch
