@@ -42,7 +42,7 @@ def test_a_model_is_measured_whole(monkeypatch):
     for name, row in limited.items():
         below = row["ratio"] <= row["limit"]
         assert row["met"] == (row["ratio"] >= row["limit"] if "published" in name else below)
-    assert len(limited) == 7
+    assert len(limited) == 8
 
 
 def test_switches_are_compared_with_passes():
@@ -100,6 +100,7 @@ def test_settings_are_checked_before_anything_is_measured():
         ({"rounds": {"minilm": 0, "bert_base": 1}}, "allowed is 1 or more for minilm"),
         ({"sizes": (1500,)}, "multiples of 1000"),
         ({"switch_rounds": 0}, "switch_rounds is 0"),
+        ({"pass_rounds": 0}, "pass_rounds is 0"),
         ({"precision": "int8"}, "precision is 'int8'"),
     ]:
         with pytest.raises(ValueError, match=told):
