@@ -35,12 +35,10 @@ from ..applied import AppliedMask
 from ..bitmask import BitMask
 from ..config import MaskConfig, check_number
 from ..mask import MFT
-from ..scopes import find_scope
 from ..shrink import ATTENTIONS, blocks, shrink
 from .bench_ways import MODELS, make_batches, random_rows
 from .figures.style import GREY, STYLE, WIDTH, headline, legend_below, range_text
-from .units import UNIT_SCOPES, unit_mask, unit_weights
-from ..targets import describe_weights
+from .units import UNIT_SCOPES, unit_mask, unit_weights, units_of
 
 # %% ../../nbs/study/26_inference.ipynb #inf-units
 def first_units(
@@ -49,18 +47,9 @@ def first_units(
     keep: float,  # fraction of each layer's to keep, in (0, 1]
 ) -> BitMask:  # of the matrices that read them
     "The mask that keeps the first neurons or heads of each layer."
-    units = _units(model, kind)
+    units = units_of(model, kind)
     falling = {name: -torch.arange(float(_count(one))) for name, one in units.items()}
     return unit_mask(falling, units, keep)
-
-
-def _units(model, kind):
-    "How each matrix that reads neurons or heads falls into them, by name."
-    if kind not in UNIT_SCOPES:
-        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(UNIT_SCOPES)}.")
-    infos = describe_weights(model, unit_weights(model, kind))
-    scope = find_scope(UNIT_SCOPES[kind])
-    return {name: scope.units(info) for name, info in infos.items()}
 
 
 def _count(units):
@@ -111,7 +100,7 @@ def shrunk_models(
 
 def _masks(model, kind, keeps, word):
     "The masks to time by name, down to one neuron or head a layer."
-    count, single = max(map(_count, _units(model, kind).values())), kind.removesuffix("s")
+    count, single = max(map(_count, units_of(model, kind).values())), kind.removesuffix("s")
     if count == 1:
         raise ValueError(f"The model has one {single} a layer, so none can be taken out.")
     named = {f"{word} {100 * keep:g} %": keep for keep in keeps}
