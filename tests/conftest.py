@@ -1,5 +1,7 @@
 """Files that take longest come first, so that both workers end at about the same time."""
 
+import gc
+
 LONGEST = (
     "test_house_outputs",
     "test_house_outputs_more",
@@ -21,3 +23,9 @@ def pytest_collection_modifyitems(items):
     """Sort tests by their file; the order within a file stays."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    """The search for garbage passes over what was imported, which saves a tenth of the time."""
+    gc.collect()
+    gc.freeze()

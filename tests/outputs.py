@@ -1,6 +1,7 @@
 """Compares the outputs in a notebook with those of a fresh run from top to bottom."""
 
 import base64
+import gc
 import io
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ def serve(connection_file, folder):
     import pandas
     from ipykernel.kernelapp import IPKernelApp
 
+    gc.freeze()  # no search for garbage in what was imported
     os.chdir(folder)
     pandas.set_option("display.max_columns", 20)  # as where a kernel imports it, not a terminal
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"

@@ -5,15 +5,16 @@ nbdev's processors make pages of the notebooks, smalldocs lays them out, and the
 npm, once; the built site asks no other host for anything.
 """
 
+import gc
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import explorer
 import site_html
 from execnb.nbio import read_nb, write_nb
 from nbdev.config import get_config
@@ -115,10 +116,10 @@ def slim(name, content):
     return re.sub(rb"^//# sourceMappingURL.*$", b"", content, flags=re.M)
 
 
-def add_explorer(root, out):
-    """Let `tools/explorer.py` make its page, and read it; None where it left the page out."""
+def add_explorer(out):
+    """Let `explorer.py` make its page, and read it; None where it left the page out."""
     folder = out / "explorer"
-    subprocess.run([sys.executable, root / "tools" / "explorer.py", folder], check=True)
+    explorer.main(folder)
     return site_html.read(folder / "index.html", out) if (folder / "index.html").exists() else None
 
 
@@ -146,13 +147,13 @@ def build(target=ROOT / "_docs", root=ROOT):
     pages = {called_by_nbdev(page.path): str(page.path) for page in parsed}
     anchors = {f"{page.path}#{tag['id']}" for page in parsed for tag in page.soup.find_all(id=True)}
     names = explained_names(config.lib_path.name, pages)
-    explorer = add_explorer(root, out)
+    made = add_explorer(out)
     site = site_html.Site(
         names={name: place for name, place in names.items() if place in anchors},
         host=config.doc_host + config.doc_baseurl,
         pages=pages,
         pictures=Pictures(out / "pictures", root / "figures"),
-        explorer=explorer is not None,
+        explorer=made is not None,
     )
     copy_assets(out, root / "site")
     for page in parsed:
@@ -160,7 +161,7 @@ def build(target=ROOT / "_docs", root=ROOT):
         (out / page.path).write_text(str(page.soup), encoding="utf-8")
     write_search(out)
     (out / "sitemap.xml").unlink(missing_ok=True)  # its addresses are of a host that does not exist
-    checked = [*parsed, explorer] if explorer else parsed
+    checked = [*parsed, made] if made else parsed
     ids = {str(path.relative_to(out)): set() for path in out.rglob("*") if path.is_file()}
     for page in checked:
         ids[str(page.path)] = {tag["id"] for tag in page.soup.find_all(id=True)}
@@ -173,6 +174,7 @@ def build(target=ROOT / "_docs", root=ROOT):
 
 def main(target=ROOT / "_docs"):
     """Build, and fail where a link leads nowhere."""
+    gc.disable()  # parsed pages are millions of objects in use: looking for others takes seconds
     try:
         problems = build(target)
     except FileNotFoundError as error:

@@ -24,14 +24,13 @@ def ink(image):
     return paper.convert("RGB").crop(box) if box else paper.convert("RGB")
 
 
-def distance(one, other):
-    """How far two pictures are apart, in grey values; None where their shapes differ."""
-    height = other.height * one.width / other.width
-    if abs(height - one.height) > 0.02 * one.height:
+def distance(blurred, other):
+    """How far a picture is from a blurred one, in grey values; None where their shapes differ."""
+    height = other.height * blurred.width / other.width
+    if abs(height - blurred.height) > 0.02 * blurred.height:
         return None
-    blur = ImageFilter.GaussianBlur(BLUR)
-    resized = other.resize(one.size, Image.Resampling.LANCZOS)
-    difference = ImageChops.difference(one.filter(blur), resized.filter(blur))
+    resized = other.resize(blurred.size, Image.Resampling.LANCZOS)
+    difference = ImageChops.difference(blurred, resized.filter(ImageFilter.GaussianBlur(BLUR)))
     return sum(ImageStat.Stat(difference).mean) / 3
 
 
@@ -70,6 +69,7 @@ class Pictures:
         """The figure in `figures/` that a picture of a notebook shows, if it clearly is one."""
         width, height = self.size(image)
         shown = ink(image.resize((width, height), Image.Resampling.LANCZOS))
+        shown = shown.filter(ImageFilter.GaussianBlur(BLUR))
         near = []
         for path, drawn in self.drawn.items():
             away = distance(shown, drawn)
