@@ -140,16 +140,36 @@ model = {auto_class}.from_pretrained("{base_model}")
 ```
 
 The mask is in force now. `mft.unload()` takes it off again; `mft.merge_and_unload()` bakes the
-zeros in and gives a plain model. `pip install .` in a clone of mft_nb installs the library."""
-
-_LIMITS = """\
+zeros in and gives a plain model. {shrink}`pip install .` in a clone of mft_nb installs the
+library."""
+_SHRINK = """`mft.shrink()` gives a smaller and faster plain model instead, without
+the neurons or heads that the mask prunes. """
+_SCATTERED = """\
 - The zeros are scattered, so inference is not faster, and a merged model is as large as the base.
-  Only this file is small.
+  Only this file is small."""
+_WHOLE = """\
+- The mask prunes whole neurons or heads. With the mask in force, or merged, the model is as large
+  and as slow as the base. `mft.shrink()`, or `mft_nb.shrink.shrink(model)` after a merge, takes
+  them out as far as the model's class allows it. The gain depends on the processor."""
+_LIMITS = """\
 - The mask fits the base weights with the hash above, in the same number format, and no others;
   loading refuses the rest.
 - One mask was measured on one set of examples. The interval is about these examples; other text,
   or a mask trained with another random seed, may come out differently.
 - Faults and biases of the base model stay, and its license goes on to apply to it."""
+
+# %% ../nbs/30_card.ipynb #whole-units-code
+def _is_of_units(mask):
+    "Whether a mask keeps or prunes whole rows, or whole columns, of each of its matrices."
+    matrices = list(mask.values())
+    if any(one.dim() != 2 for one in matrices):
+        return False
+    return all((one == one[:1]).all() or (one == one[:, :1]).all() for one in matrices)
+
+
+def _limits(mask):
+    "What a mask does not do."
+    return f"{_WHOLE if _is_of_units(mask) else _SCATTERED}\n{_LIMITS}"
 
 # %% ../nbs/30_card.ipynb #7521d0f7
 def _file_table(path, saved):
@@ -204,10 +224,11 @@ def _page(path, saved, repo_id, base_model, data, split, result, auto_class):
             file=MASK_FILE,
             modules=_modules_line(saved, repo_id),
             auto_class=auto_class,
+            shrink=_SHRINK if _is_of_units(saved.mask) else "",
         ),
         f"## The file\n\n{_file_table(path, saved)}",
         f"Settings:\n\n```json\n{json.dumps(_settings(saved), indent=1)}\n```",
-        f"## Limits\n\n{_LIMITS}",
+        f"## Limits\n\n{_limits(saved.mask)}",
     ]
     return "\n\n".join(parts) + "\n"
 

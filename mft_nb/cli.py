@@ -226,7 +226,7 @@ def mft_fit(
     epochs: float = 2.0,  # passes over the training rows
     learning_rate: float = None,  # of the scores (default: the recipe's)
     batch_size: int = None,  # rows an optimizer step (default: the recipe's)
-    scope: str = "tensor",  # where the fraction holds: tensor, layer, global, neuron, head, or 2:4
+    scope: str = "tensor",  # who competes: tensor, layer, global, neuron, head, ffn, unit, or 2:4
     max_length: int = 128,  # tokens of a text that are read; what follows is left out
     seed: int = 0,  # order of the rows, held-out rows, random start
     keep_activations: bool = False,  # compute what lies below the masked layers only once
@@ -279,16 +279,37 @@ def _measure(mft, tokenizer, rows):
     before = predict(mft.unload(), tokenizer, rows, max_length=length)
     print(_describe(before, after, rows.with_format("numpy")["label"][:]))
 
+# %% ../nbs/31_cli.ipynb #shrink-parts
+def _check_prunes_units(mask, path):
+    "Refuse a mask that prunes no row and no column of a matrix as a whole."
+    from mft_nb.bitmask import fully_pruned
+
+    if not fully_pruned(mask, axis=0) and not fully_pruned(mask, axis=1):
+        raise ValueError(
+            f"shrink is given, but {path} prunes no neuron or head as a whole, so nothing can be "
+            "taken out. Give mft_fit --layers all and --scope ffn, head or unit, or leave out "
+            "--shrink."
+        )
+
+
+def _shrunk(mft):
+    "The smaller model; prints how many parameters there were and are."
+    smaller = mft.shrink()
+    before, after = (one.num_parameters() for one in (mft.model, smaller))
+    print(f"{before:,} parameters before, {after:,} after")
+    return smaller
+
 # %% ../nbs/31_cli.ipynb #c8cb289c
 @call_parse
 @plain_errors(stopped="No masked model was written.")
 def mft_apply(
     model: str,  # folder of the classifier that the mask was made for
     mask: str,  # folder or file that mft_fit wrote
-    out: str = None,  # folder for the masked model (new or empty)
+    out: str = None,  # folder for the masked or smaller model (new or empty)
     data: str = None,  # .csv or .tsv with sentence, label: measure before and after
+    shrink: bool = False,  # write the model without the neurons and heads that the mask prunes
 ):
-    "Put a saved mask on its model: write the masked model, measure it, or both."
+    "Put a saved mask on its model: write the masked or a smaller model, measure it, or both."
     need_extra("train", "mft_apply")
     from datasets import Dataset
 
@@ -297,6 +318,8 @@ def mft_apply(
     from mft_nb.mask_file import load_mask
     from mft_nb.model import load_classifier
 
+    if shrink and not out:
+        raise ValueError("shrink is given, but out is not; name a folder for the smaller model.")
     if not out and not data:
         raise ValueError(
             "Neither out nor data is given; name a folder for the masked model, a table, or both."
@@ -305,17 +328,21 @@ def mft_apply(
         _check_new_folder(Path(out))
     _check_source(model)
     path = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
-    load_mask(path)
+    saved = load_mask(path)
+    if shrink:
+        _check_prunes_units(saved.mask, path)
     rows = Dataset.from_pandas(read_table(data)) if data else None
     classifier, tokenizer = load_classifier(model, need_head=True)
     mft = MFT.from_pretrained(classifier, path)
     print(mft.bitmask())
+    smaller = _shrunk(mft) if shrink else None
     if rows is not None:
         _measure(mft, tokenizer, rows)  # takes the mask off
         mft = MFT.from_pretrained(classifier, path)
     if out:
-        _save_model(mft.merge_and_unload(), tokenizer, Path(out))
-        print(f"masked model in {out}")
+        made, kind = (smaller, "smaller") if shrink else (mft.merge_and_unload(), "masked")
+        _save_model(made, tokenizer, Path(out))
+        print(f"{kind} model in {out}")
 
 # %% ../nbs/31_cli.ipynb #c8cb28-1
 def _save_model(model, tokenizer, folder):
@@ -339,5 +366,5 @@ def _into_place(made, folder):
             raise
         raise ValueError(
             f"out is {folder}, which was empty before and is not now: something else wrote there. "
-            "It is left as it is, and the masked model was not written. Name a new folder."
+            "It is left as it is, and the model was not written. Name a new folder."
         ) from None

@@ -56,7 +56,7 @@ class MaskConfig:
     exclude_modules: tuple[str, ...] = DEFAULT_EXCLUDE  # patterns for names of weights left whole
     scope: str = "tensor"  # among which weights the fraction holds
     schedule: tuple = ()  # `keep` over the optimizer steps; none: constant
-    heads: int = 0  # attention heads, for the scope "head"; 0: as the model's config says
+    heads: int = 0  # attention heads, for scopes "head" and "unit"; 0: as the model's config says
     modules_to_save: tuple[str, ...] = ()  # patterns for modules trained and saved with the mask
     init: str = "magnitude"  # how scores begin: "magnitude", "normal" (random) or "ones"
     init_scale: float = 0.02  # typical size of a score before training, above 0

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb import card as card_module
 from mft_nb.bitmask import BitMask
@@ -202,3 +203,39 @@ def test_a_card_for_another_kind_of_model(folder):
     assert card.data.to_dict()["pipeline_tag"] == "text-generation"
     with pytest.raises(ValueError, match="auto_class is 'BertModel'"):
         mask_card(folder, **ABOUT | {"auto_class": "BertModel"}, result=RESULT)
+
+
+def tiny_mask(folder, scope):
+    """A mask of half the weights or units of a tiny classifier, by its scope."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=3, **shape))
+    MFT(model, MaskConfig(layers="all", scope=scope, keep=0.5)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("scope", ["ffn", "head", "unit", "neuron"])
+@pytest.mark.filterwarnings("ignore:The mask prunes all of")
+def test_a_card_of_whole_units_says_how_they_are_taken_out(scope, tmp_path):
+    tiny_mask(tmp_path, scope)
+    page = mask_card(tmp_path, **ABOUT, result=RESULT).text
+    use, _, limits = page.partition("## Limits")
+    assert "`mft.shrink()` gives a smaller and faster plain model" in use
+    assert "`mft_nb.shrink.shrink(model)` after a merge" in limits
+    assert "scattered" not in page and "inference is not faster" not in page
+
+
+@pytest.mark.parametrize("scope", ["tensor", "layer", "global", "2:4"])
+def test_a_card_of_single_weights_promises_no_speed(scope, tmp_path):
+    tiny_mask(tmp_path, scope)
+    page = mask_card(tmp_path, **ABOUT, result=RESULT).text
+    assert "The zeros are scattered, so inference is not faster" in page
+    assert "shrink" not in page
+
+
+def test_a_card_asks_the_mask_and_not_its_settings(tmp_path):
+    row = torch.tensor([[True, True], [False, False]])
+    single = torch.tensor([[True, True], [True, False]])
+    for name, mask in (("whole", row), ("single", single)):
+        mask = BitMask({"layer.weight": mask, "next.weight": row.T})
+        save_mask(mask, tmp_path / name / MASK_FILE, "0" * 64, MaskConfig().to_dict())
+        page = mask_card(tmp_path / name, **ABOUT, result=RESULT).text
+        assert ("mft.shrink()" in page) == (name == "whole")

@@ -1,11 +1,17 @@
-"""A reader with a model of their own can skip the cells that make one."""
+"""A reader with a model of their own can skip the cells that make one, and finds what is named."""
 
 import ast
+import inspect
+import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
-TUTORIAL = Path(__file__).resolve().parent.parent / "nbs" / "tutorials" / "your_model.ipynb"
+from mft_nb import cli
+
+FOLDER = Path(__file__).resolve().parent.parent / "nbs" / "tutorials"
+TUTORIALS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def names(source, kind):
@@ -20,8 +26,9 @@ def names(source, kind):
     return found
 
 
-def test_the_cells_to_skip_can_be_skipped():
-    cells = nbformat.read(TUTORIAL, as_version=4).cells
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+def test_the_cells_to_skip_can_be_skipped(tutorial):
+    cells = nbformat.read(tutorial, as_version=4).cells
     said = [number for number, cell in enumerate(cells) if "skip the next two cells" in cell.source]
     assert len(said) == 1
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
@@ -34,3 +41,22 @@ def test_the_cells_to_skip_can_be_skipped():
                 missing = made & names(source, ast.Load) - names(source, ast.Store)
                 assert not missing, f"cell {cells[number].id} needs {missing} of a skipped cell"
             made -= names(source, ast.Store)
+
+
+def test_the_commands_in_the_prose_can_be_given():
+    cells = nbformat.read(FOLDER / "faster_model.ipynb", as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    lines = re.findall(r"^(mft_\w+) (.+)$", prose, flags=re.M)
+    assert [command for command, _ in lines] == ["mft_fit", "mft_apply"]
+    for command, options in lines:
+        known = inspect.signature(getattr(cli, command)).parameters
+        assert set(re.findall(r"--(\w+)", options)) <= set(known)
+
+
+def test_no_assertion_rests_on_time():
+    cells = nbformat.read(FOLDER / "faster_model.ipynb", as_version=4).cells
+    for cell in cells:
+        nodes = ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ()
+        for node in nodes:
+            if isinstance(node, ast.Assert):
+                assert not names(ast.unparse(node), ast.Load) & {"ratio", "seconds", "time"}
