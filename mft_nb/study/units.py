@@ -178,12 +178,12 @@ def unit_settings(
     precision: str = "float32",  # of the products in training
 ) -> tuple[MaskConfig, TrainConfig]:  # what decides the mask, and how its scores are trained
     "The settings of a mask of units."
-    pairs = [(round(steps * part), 1 - (1 - run.keep) * fraction) for part, fraction in _CUTS]
+    half = max(1, round(0.5 * steps))
     config = MaskConfig(
         layers="all",
         keep=run.keep,
         scope=UNIT_SCOPES[UNITS[run.variant]["units"]],
-        schedule=tuple(pairs),
+        schedule=((0, 1.0), (half, run.keep)),
     )
     return config, _training(run, precision)
 
@@ -192,9 +192,6 @@ def _training(run, precision):
     "How scores are trained: by our recipe, but each sentence is seen once."
     recipe = TrainConfig.recipe("recommended")
     return replace(recipe, epochs=1.0, seed=run.seed, precision=precision)
-
-
-_CUTS = ((0, 0.0), (0.5, 1.0))  # part of the steps, fraction of what is cut in the end
 
 # %% ../../nbs/study/11_units.ipynb #units-choose
 def _choose(run, model, tokenizer, rows, validation, profile, bar):
