@@ -308,8 +308,7 @@ def _nothing_goes(weights):
         if not _constants(weights, ups, down)[0].any():
             return (
                 f"Nothing can be taken out: {down} needs all of its inputs, and all layers have "
-                'one size. Prune neurons in every layer: MaskConfig(scope="neuron", layers="all", '
-                f"target_modules=[{ups[-1].split('.')[-2:][0]!r}])."
+                'one size. Prune neurons in every layer: MaskConfig(scope="ffn", layers="all").'
             )
     return "Nothing can be taken out: the layers have different sizes, which a config cannot say."
 

@@ -141,7 +141,7 @@ def test_the_fastest_that_is_equivalent_is_found(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(MissingRecords, match="no run without a mask"):
+    with pytest.raises(MissingRecords, match="no record of the method 'none'"):
         curve_points(tmp_path)
     with pytest.raises(MissingRecords, match="`make bench` measures them"):
         pass_times(tmp_path, "minilm")

@@ -62,19 +62,20 @@ _COLUMNS = ("method", "units", "after", "keep")
 
 def curve_points(
     folder: str | Path,  # of one profile's records, such as results/units
+    base: str = "none",  # what differences are taken to: one of `UNPRUNED`
 ) -> pd.DataFrame:  # method, units, after, keep, seeds, accuracy, differences and their interval
     "Accuracy over seeds of everything that was pruned, with its change by pruning."
     accuracies = _accuracies(Path(folder))
-    base = {key[0]: value for key, value in accuracies.items() if key[1] == "none"}
-    if not base:
+    whole = {key[0]: value for key, value in accuracies.items() if key[1] == base}
+    if not whole:
         raise MissingRecords(
-            f"{folder} has no run without a mask; "
+            f"{folder} has no record of the method {base!r}; "
             f"`mft_reproduce --profile {Path(folder).name} --studies published` makes it."
         )
     found = {}
     for (seed, *kind), accuracy in accuracies.items():
-        if seed in base:
-            found.setdefault(tuple(kind), {})[seed] = (accuracy, accuracy - base[seed])
+        if seed in whole:
+            found.setdefault(tuple(kind), {})[seed] = (accuracy, accuracy - whole[seed])
     rows = [_point(kind, dict(sorted(seeds.items()))) for kind, seeds in found.items()]
     return pd.DataFrame(rows).sort_values(list(_COLUMNS), ignore_index=True)
 
@@ -150,12 +151,13 @@ def with_times(
 
 def read_curve(
     folder: str | Path,  # of the profile units or units_base, beside the folder of the benchmark
+    base: str = "none",  # what differences are taken to: one of `UNPRUNED`
 ) -> pd.DataFrame:  # as `with_times` gives it
     "All points of a profile with their times."
     folder = Path(folder)
     if folder.name not in _TIMED:
         raise MissingRecords(f"{folder.name} has no curve; {', '.join(_TIMED)} have.")
-    points = curve_points(folder)
+    points = curve_points(folder, base)
     return with_times(points, pass_times(folder.parent / "bench", _TIMED[folder.name]))
 
 # %% ../../nbs/study/17_curve.ipynb #verdict-code
