@@ -463,9 +463,30 @@ PUBLISHED["base"] = (
     Part("table", (0, 1, 3), _OTHER, ("90",), covers="the two others, converged, both machines"),
     Part("checks", (0, 1, 2), covers="all runs, first machine"),
 )
+_AT_ONCE = tuple(name for name in UNIT_NAMES if name != "units_trained")
 PUBLISHED["units"] = (
     Part("table", (0, 1, 2), ("none",), ("90",), covers="no mask, converged, third machine"),
-    Part("units", (0, 1, 2), covers="all runs, third machine"),
+    Part(
+        "units", (0, 1, 2), _AT_ONCE, variants=("neurons",), covers="four choices, third machine"
+    ),
+    Part(
+        "units",
+        (0, 1, 2),
+        ("units_trained",),
+        variants=("neurons",),
+        keeps=(0.75, 0.5, 0.25),
+        covers="trained masks, third machine",
+    ),
+    Part("units", (0, 1, 2), _AT_ONCE, variants=("heads",), covers="heads, third machine"),
+    Part(
+        "units",
+        (0, 1, 2),
+        ("units_trained", "units_importance"),
+        variants=("neurons_continued",),
+        keeps=(0.5,),
+        covers="fine-tuned afterwards, third machine",
+    ),
+    Part("units", (0, 1, 2), ("continued",), covers="no units pruned, third machine"),
 )
 
 # %% ../../nbs/study/08_plan.ipynb #part0002

@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ...stats import points_text
 from ..curve import equivalence, fastest, read_curve
 from mft_nb.study.figures.style import (
     COLORS,
@@ -91,6 +92,8 @@ def curve_figure(
     seeds = sorted({seed for mine in points.seeds for seed in mine})
     kept = range_text([100 * keep for keep in points.keep])
     note = f"{caption_start(folder, seeds)} {kept} % of the neurons stay; weights are frozen. "
+    if 100 * points.difference.min() < axes.get_ylim()[0]:
+        note += "Of random units, one mark lies below. "
     headline(figure, _curve_title(points), note + "Bars: 90 % intervals over seeds.")
     return figure
 
@@ -127,12 +130,12 @@ def after_figure(
         style = {"color": color, "marker": AFTER_MARKERS[row.after]}
         axes.plot([100 * row.low, 100 * row.high], [place + shift] * 2, color=color, lw=1.2)
         axes.plot(100 * row.difference, place + shift, **style)
-    for after, marker in AFTER_MARKERS.items():
-        axes.plot([], [], marker, color="black", label=AFTER_NAMES[after])
+    for after in [one for one in AFTER_MARKERS if (rows.after == one).any()]:
+        axes.plot([], [], AFTER_MARKERS[after], color="black", label=AFTER_NAMES[after])
     axes.set_yticks(range(len(order)), [names[name] for name in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set(xlabel="change of accuracy, points")
-    legend_below(figure)
+    legend_below(figure, ncols=1)
     seeds = sorted({seed for mine in rows.seeds for seed in mine})
     note = f"{caption_start(folder, seeds)} Half the neurons of each layer stay. "
     headline(figure, _after_title(rows), note + "Bars: 90 % intervals over seeds.")
@@ -145,7 +148,7 @@ def _after_title(rows):
     if any(equivalence(one, MARGIN).holds for one in trained.differences if len(one) > 1):
         return "Half the neurons, trained on: as good as the whole within half a point"
     best = trained.loc[trained.difference.idxmax()]
-    return f"Half the neurons, trained on: {100 * best.difference:+.1f} points at best"
+    return f"Half the neurons, trained on: {points_text(best.difference)} points at best"
 
 # %% ../../../nbs/study/23_curve_figure.ipynb #cfig-names
 CURVES: dict[str, Callable[[Path], Figure]] = {"curve": curve_figure, "after": after_figure}
