@@ -173,11 +173,11 @@ def fastest(
     points: pd.DataFrame,  # from `curve_points`, with a column of times
     margin: float,  # a fraction, such as 0.005
     time: str = "time_32",  # the column of times
-) -> pd.Series | None:  # the row with the least time; None where no row is equivalent
+) -> pd.Series | None:  # the row with the least time; None where nothing faster is equivalent
     "The fastest of what is equivalent to the unpruned checkpoint within a margin."
-    pruned = points[points.units != ""]
+    pruned = points[(points.units != "") & (points[time] < 1)]
     holds = [
         len(one) > 1 and equivalence(one, margin).holds for one in pruned.differences
     ]
-    equal = pruned[np.array(holds, dtype=bool)].dropna(subset=[time])
+    equal = pruned[np.array(holds, dtype=bool)]
     return None if equal.empty else equal.loc[equal[time].idxmin()]
