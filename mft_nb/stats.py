@@ -239,8 +239,7 @@ def points_text(
     difference: float,  # of two accuracies, a fraction
 ) -> str:  # such as "+2.0", with a true minus sign
     "A difference in points of accuracy, with a sign."
-    tenths = round(100 * difference, 1) + 0.0  # no minus sign before a zero
-    return f"{tenths:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * difference + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def percent_text(

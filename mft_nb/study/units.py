@@ -65,8 +65,8 @@ def units_of(
     kind: str,  # "neurons" or "heads"
 ) -> dict[str, Units]:  # by name of the matrix that reads them
     "How each matrix that reads neurons or heads falls into them."
-    scope = find_scope(UNIT_SCOPES[kind])
     infos = describe_weights(model, unit_weights(model, kind))
+    scope = find_scope(UNIT_SCOPES[kind])
     return {name: scope.units(info) for name, info in infos.items()}
 
 # %% ../../nbs/study/11_units.ipynb #units-gate
