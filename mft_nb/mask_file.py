@@ -217,6 +217,7 @@ def _is_digest(value):
 
 # %% ../nbs/10_mask_file.ipynb #of-units-code
 _UNITS = "units"  # the tensor of a file of units
+_ALIGNED = 64  # bytes: its length is a multiple, so that a version's name does not change it
 
 
 def _of_units(mask, bits, base_sha256, told):
@@ -227,6 +228,7 @@ def _of_units(mask, bits, base_sha256, told):
     entries = _shared_entries({"base_sha256": base_sha256}, tensors, told)
     packed = np.packbits(np.concatenate([one.cpu().numpy() for _, one in bits.values()]))
     payload = zlib.compress(_as_json(entries).encode(), level=9) + packed.tobytes()
+    payload += bytes(-len(payload) % _ALIGNED)
     return {_UNITS: payload}, _as_json(_first_entries(UNIT_FORMAT))
 
 # %% ../nbs/10_mask_file.ipynb #is-shape
@@ -304,7 +306,7 @@ def _decode_units(path, entries, payload, shapes):
     "The masks of a file of units; as views of their bits, whatever shape a file claims."
     dims = {name: tensor["dim"] for name, tensor in entries["tensors"].items()}
     lengths = [shape[dims[name]] for name, shape in shapes.items()]
-    if len(payload) != (sum(lengths) + 7) // 8:
+    if not 0 <= len(payload) - (sum(lengths) + 7) // 8 < _ALIGNED:
         raise ValueError(f"{path} is damaged: it has {len(payload)} bytes of bits for {lengths}.")
     flat = np.unpackbits(np.frombuffer(payload, np.uint8), count=sum(lengths)).view(bool)
     parts = torch.from_numpy(flat).split(lengths)

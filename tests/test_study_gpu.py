@@ -34,8 +34,8 @@ def test_a_dry_run_goes_through_every_part(record):
     assert happened["failed"] == happened["partly"] == {}
     for name in ("bert_base", "llama_1b"):
         assert list(happened["models"][name]["seconds"]) == list(WAYS)
-        assert list(happened["inference"][name]["seconds"]) == ["dense", "sparse"]
-        assert happened["inference"][name]["difference"] == 0
+        assert list(happened["sparse"][name]["seconds"]) == ["dense", "sparse"]
+        assert happened["sparse"][name]["difference"] == 0
         assert happened["models"][name]["drift"] > 0
     (language,) = happened["language"].values()
     assert list(language["seconds"]) == ["full", "floor", "ours"] and language["tokens"] == 32

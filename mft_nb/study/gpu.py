@@ -419,7 +419,7 @@ def gather(
         "partly": {name: one for name, one in trained.items() if name not in whole},
         "language": language,
         "selection": found.get("selection", {}).get("by_size", []),
-        "inference": {name: one for name, one in answered.items() if "seconds" in one},
+        "sparse": {name: one for name, one in answered.items() if "seconds" in one},
         "failed": {name: one["failed"] for name, one in found.items() if "failed" in one},
     }
 
@@ -454,7 +454,7 @@ def gpu_table(
         rows += _rows(f"step, {name}", one, "ours", one["memory"])
     for one in happened["selection"]:
         rows += _rows(f"mask of {one['size']:,} scores", one, "ours")
-    for name, one in happened["inference"].items():
+    for name, one in happened["sparse"].items():
         rows += _rows(f"inference, {name}", one, "dense", one["weights"])
     return pd.DataFrame(rows, columns=["what", "way", "ms", "ratio", "GB", "tokens/s"]).fillna("")
 

@@ -67,7 +67,7 @@ def _curve_title(points):
     "How fast the model gets without a loss of half a point, if at all."
     found = fastest(points, MARGIN)
     if found is None:
-        return "No faster model is shown to be as good within half a point"
+        return "No faster model is shown equal within half a point"
     times = f"{1 / found.time_32:.2f} times as fast"
     return f"{times} at no loss of half a point: {UNIT_NAMES[found.method]}"
 
