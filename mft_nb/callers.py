@@ -48,7 +48,7 @@ class Callers:
 
     def _going_on(self, thread):
         "Calls of the model in a thread, without those that Ctrl-C broke off."
-        return calls_going_on(self._running[thread], thread)
+        return calls_going_on(self._running[thread])
 
 # %% ../nbs/20_callers.ipynb #asked-code
 _ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread

@@ -22,19 +22,20 @@ def module_call() -> FrameType | None:  # None outside of one
     return frame
 
 # %% ../nbs/12_passes.ipynb #going-on
+def _goes_on(call):
+    "Whether the call of a frame has not ended, in any thread."
+    try:
+        call.clear()
+    except RuntimeError:  # "cannot clear an executing frame"
+        return True
+    return False
+
+
 def calls_going_on(
-    calls: Sequence[FrameType | None],  # from `module_call`
-    thread: int | None = None,  # in which they were made; None: this one
+    calls: Sequence[FrameType | None],  # from `module_call`, in any thread
 ) -> list[FrameType]:
     "Those of some calls that have not ended."
-    if not calls:
-        return []
-    frame = sys._getframe() if thread is None else sys._current_frames().get(thread)
-    on_stack = set()
-    while frame:
-        on_stack.add(id(frame))
-        frame = frame.f_back
-    return [call for call in calls if id(call) in on_stack]
+    return [call for call in calls if call and _goes_on(call)]
 
 # %% ../nbs/12_passes.ipynb #forward-pass
 class ForwardPass(threading.local):
