@@ -488,6 +488,17 @@ PUBLISHED["units"] = (
     ),
     Part("units", (0, 1, 2), ("continued",), covers="no units pruned, third machine"),
 )
+PUBLISHED["units_base"] = (
+    Part("table", (0, 1, 2), ("none",), ("90",), covers="no mask, converged, third machine"),
+    Part(
+        "units",
+        (0, 1, 2),
+        ("units_importance", "units_trained", "units_random"),
+        variants=("neurons",),
+        keeps=(0.75, 0.5, 0.25),
+        covers="three choices, third machine",
+    ),
+)
 
 # %% ../../nbs/study/08_plan.ipynb #part0002
 def published_plan(
