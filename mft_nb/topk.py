@@ -7,8 +7,10 @@ __all__ = ['AboveThreshold', 'count_kept', 'top_k', 'Finder', 'TopK']
 
 # %% ../nbs/05_topk.ipynb #topk-imports
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,11 +19,51 @@ from torch import Tensor
 
 from .sharded import Winners
 
+# %% ../nbs/05_topk.ipynb #selectors
+def _by_kthvalue(flat, index):
+    "The value with `index` values before it, by a selection."
+    return flat.kthvalue(index + 1).values.item()
+
+
+def _by_topk(flat, index):
+    "The same as the last of the values on the side that has fewer."
+    upper = 2 * index >= len(flat)
+    count = len(flat) - index if upper else index + 1
+    values = flat.topk(count, largest=upper, sorted=False).values
+    return (values.min() if upper else values.max()).item()
+
+
+def _by_sort(flat, index):
+    "The same by a sort."
+    return flat.sort().values[index].item()
+
+
+_SELECTORS = (_by_kthvalue, _by_topk, _by_sort)
+
+
+@cache
+def _fastest_selector(device, dtype, size, selectors=_SELECTORS):
+    "The selector that is the fastest on a device, for some number of values."
+    generator = torch.Generator(device).manual_seed(0)  # others' random numbers stay as they are
+    values = torch.rand(size, device=device, generator=generator).to(dtype)
+
+    def seconds(selector):
+        try:
+            selector(values, size // 10)  # what only a first call does is not timed
+            start = time.perf_counter()
+            selector(values, size // 10)  # gives a number, so it waits for the device
+        except NotImplementedError:  # by this device
+            return math.inf
+        return time.perf_counter() - start
+
+    return min(selectors, key=seconds)
+
 # %% ../nbs/05_topk.ipynb #search-tools
 def _kth_smallest(flat, index):
     "The value with `index` values before it in ascending order."
     if flat.device.type != "cpu":
-        return flat.kthvalue(index + 1).values.item()
+        size = 1 << (len(flat).bit_length() - 1)  # the power of two at or below it
+        return _fastest_selector(flat.device, flat.dtype, size)(flat, index)
     half = flat.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16; float32 is exact
     values = _array(flat.float() if half else flat)
     return float(np.partition(values, index)[index])
