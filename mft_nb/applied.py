@@ -9,6 +9,7 @@ __all__ = ['AppliedMask']
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -36,6 +37,8 @@ class AppliedMask:
         self.mask = BitMask({name: one.clone() for name, one in mask.items()})
         self.thread = weakref.ref(threading.current_thread())  # for `hold`
         self._values = {}  # by name: what was set to zero, in row-major order
+        self._lifted = False  # whether the values are back for the length of a block
+        self.used_by = None  # a weak reference to the `MFT` that put it on, if one did
         hold(self.weights.values(), self)  # first: nobody else writes from here on
         try:
             self._values = {name: self.weights[name].data[zero] for name, zero in self._zeros()}
@@ -88,7 +91,7 @@ def keep(self: AppliedMask) -> None:
 @patch
 def check_zeros(self: AppliedMask) -> None:
     "Refuse, with a RuntimeError, weights that were trained or merged over the mask."
-    for name, zero in self._zeros():
+    for name, zero in self._zeros() if not self._lifted else ():
         if self.weights[name].detach()[zero].any():
             if not self._values:
                 raise RuntimeError(
@@ -102,15 +105,54 @@ def check_zeros(self: AppliedMask) -> None:
                 "it pruned, merge the mask first and hold the zeros in your own loop."
             )
 
+# %% ../nbs/09_applied.ipynb #lifted-code
+@patch
+@contextmanager
+def lifted(self: AppliedMask) -> Iterator[None]:
+    "The base for the length of a `with` block; RuntimeError where pruned weights change in it."
+    check_last(self.weights, self)
+    self.check_zeros()
+    self._check_own_thread()
+    changed, self._lifted = [], True
+    try:
+        for name, zero in self._zeros():
+            self.weights[name].data[zero] = self._values[name]
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for name, zero in self._zeros():
+            if not torch.equal(self.weights[name].data[zero], self._values[name]):
+                changed.append(name)
+            self.weights[name].data[zero] = 0
+        torch.clear_autocast_cache()
+        self._lifted = False
+    if changed:
+        raise RuntimeError(
+            f"The weight {changed[0]!r} was changed where the mask prunes it, in a block that had "
+            "the mask lifted. That change is lost: train outside of the block."
+        )
+
+
+@patch
+def _check_own_thread(self: AppliedMask):
+    "Refuse another thread than the one that put the mask on, which may be using the model."
+    mine = self.thread()
+    if mine is not None and mine.is_alive() and mine is not threading.current_thread():
+        raise RuntimeError(
+            f"The mask was put on by the thread {mine.name!r}, which may be using the weights now. "
+            "Lift the mask there, or use a MaskSwitch, whose using(None) waits for its turn."
+        )
+
 # %% ../nbs/09_applied.ipynb #copies-code
 @patch
 def __getstate__(self: AppliedMask):
-    return {name: value for name, value in self.__dict__.items() if name != "thread"}
+    own = {"thread", "used_by"}
+    return {name: value for name, value in self.__dict__.items() if name not in own}
 
 
 @patch
 def __setstate__(self: AppliedMask, state):
     self.__dict__.update(state)
-    self.thread = weakref.ref(threading.current_thread())  # of the copy
+    self.thread, self.used_by = weakref.ref(threading.current_thread()), None  # of the copy
     if self._values:
         hold(self.weights.values(), self)

@@ -93,10 +93,17 @@ def check_model(
 def check_arguments(
     config: MaskConfig | None,  # of an `MFT`
     mask: BitMask | None,  # a finished one
+    start: BitMask | None = None,  # one to train from
 ) -> None:
-    "Refuse a config and a mask of the wrong type with a TypeError."
+    "Refuse a config and masks of the wrong type with a TypeError, and two masks at once."
     _check_type("config", config, MaskConfig, "MaskConfig(keep=0.8)")
     _check_type("mask", mask, BitMask, "what bitmask() gives")
+    _check_type("start", start, BitMask, "what bitmask() gives")
+    if mask and start:
+        raise ValueError(
+            "mask and start are both given; give mask to put it on as it is, or start to train "
+            "from it."
+        )
 
 
 def _check_type(field, value, kind, example):

@@ -76,6 +76,8 @@ def __call__(self: Penalty, model: nn.Module, inputs: tuple, options: dict, outp
     # MFT's hooks come first, so the pass that ends here is left: depth counts those around it
     if not model.training or not torch.is_grad_enabled() or self.groups[0].forward_pass.depth:
         return output
+    if any(one.reference is not None for one in self.masked):
+        return output  # of the base, whose loss has no penalty
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if loss is None:
         return output

@@ -9,7 +9,8 @@ __all__ = ['part_of', 'digests_by_part', 'tensor_digests', 'Rest', 'trained_para
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -291,6 +292,33 @@ def check_restorable(self: Rest) -> None:
                 f"{tuple(now[name].shape)} now, so the base cannot be given back. Resize it as "
                 "it was, or call merge_and_unload() to keep the model as it is."
             )
+
+# %% ../nbs/16_rest.ipynb #before-code
+@patch
+@contextmanager
+def as_before(self: Rest) -> Iterator[None]:
+    "All as before training for a `with` block; RuntimeError where a parameter changes in it."
+    self.check_restorable()
+    now = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+    before = self.trained | self.buffers
+    own = {name: (now[name], now[name].data, now[name].requires_grad) for name in before}
+    changed = []
+    try:
+        for name, (tensor, _, _) in own.items():
+            tensor.requires_grad_(False)
+            tensor.data = before[name].to(tensor, copy=True)
+        yield
+    finally:
+        for name, (tensor, data, asked) in own.items():
+            if name in self.trained and not _same(tensor.detach(), before[name].to(tensor)):
+                changed.append(name)
+            tensor.data = data
+            tensor.requires_grad_(asked)
+    if changed:
+        raise RuntimeError(
+            f"{_listed(changed)} changed in a block that had the mask disabled, as by an "
+            "optimizer step. That change is lost: train outside of the block."
+        )
 
 # %% ../nbs/16_rest.ipynb #differs-code
 @patch

@@ -157,7 +157,10 @@ def note_gradient(
     self: ScoreGroup,
     thread: int | None,  # whose forward pass it belongs to; None: not known
 ) -> None:
-    "A gradient came through a mask of this group."
+    "A gradient came through a mask of this group; refused while the mask is disabled."
+    for member in self.members:
+        if member.reference is not None:
+            member.reference.check_caller()
     self.gradients += 1
     self.trained_by = thread or self.trained_by
     if self.steps:
@@ -222,6 +225,7 @@ class MaskedWeight(nn.Module):
         self.group = group  # whom `forward` asks
         self.units = units
         self.in_state = True  # whether a state of the module has the scores
+        self.reference = None  # while the mask is disabled: the `Reference` that says for whom
         self.place = len(group.members)  # of this one in the group
         self._score_shape, self._score_dtype = scores.shape, scores.dtype  # as they must stay
         self._watched = ()  # the scores that tell of a gradient in `.grad`
@@ -232,6 +236,9 @@ class MaskedWeight(nn.Module):
 
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def forward(self, weight: Tensor) -> Tensor:
+        if self.reference is not None:
+            self.reference.check_caller()
+            return weight
         if is_sharded(weight):  # read outside of the forward pass of its layer
             return torch.where(same_parts(self.mask, weight), weight.detach(), 0)
         if self.group.schedule and self.scores.requires_grad:

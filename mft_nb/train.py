@@ -455,7 +455,8 @@ def _check_trainable(mft, steps):
     mft.base_weights()  # refuses a mask that was taken off
     if not mft.scores:
         raise ValueError(
-            "The mask was loaded, so it has no scores to train. Make a new MFT(model, config)."
+            "The mask was loaded, so it has no scores to train. Load it with trainable=True to "
+            "make scores around it, or make a new MFT(model, config)."
         )
     schedule = mft.config.schedule
     if schedule and schedule[-1][0] > steps:
