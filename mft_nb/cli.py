@@ -157,6 +157,9 @@ def _raised_at(error):
     return re.findall(r'^  File "(.+)", line \d+, in .+\n(?:    (.+))?', told, flags=re.M)[-1]
 
 # %% ../nbs/31_cli.ipynb #5e0c41-1
+_UNFINISHED = "unfinished"  # the folder in out with the checkpoints of a run
+
+
 def _check_out(folder, overwrite):
     "Refuse a folder that holds a mask, unless it may be replaced."
     from mft_nb.mask import MASK_FILE
@@ -168,6 +171,20 @@ def _check_out(folder, overwrite):
             f"out is {folder}, which holds a mask already. Name another folder, or give "
             "--overwrite to replace the mask."
         )
+
+# %% ../nbs/31_cli.ipynb #check-resume
+def _check_resume(out, settings, config):
+    "Refuse to go on where nothing was left unfinished, or with other settings."
+    from mft_nb.mask import MASK_FILE
+    from mft_nb.resume import check_resumable
+
+    unfinished = out / _UNFINISHED
+    if (out / MASK_FILE).exists() and not unfinished.exists():
+        raise ValueError(
+            f"out is {out}, which holds a finished mask and no unfinished run, so there is nothing "
+            "to go on from. Leave out --resume, and name another folder or give --overwrite."
+        )
+    check_resumable(unfinished, asdict(settings) | {"mask": config.to_dict()})
 
 # %% ../nbs/31_cli.ipynb #check-source
 def _check_source(source):
@@ -197,7 +214,7 @@ def _fit_and_save(mft, tokenizer, rows, settings, out, **options):
     "Train the scores, write mask and history to a folder, and return the mask's path."
     from mft_nb.train import fit
 
-    options |= {"folder": out / "unfinished", "save_every": 100, "label": "fit"}
+    options |= {"folder": out / _UNFINISHED, "save_every": 100, "label": "fit"}
     history = fit(mft, tokenizer, rows, settings, **options)
     path = mft.save_pretrained(out)
     write_whole(out / "history.json", json.dumps(asdict(history)))
@@ -231,6 +248,7 @@ def mft_fit(
     seed: int = 0,  # order of the rows, held-out rows, random start
     keep_activations: bool = False,  # compute what lies below the masked layers only once
     overwrite: bool = False,  # replace the mask that out holds
+    resume: bool = False,  # go on with the unfinished run in out; refused where there is none
     quiet: bool = False,  # show no progress bar
 ):
     "Learn which weights of a classifier to switch off, and save the mask."
@@ -244,6 +262,8 @@ def mft_fit(
     numbers = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     settings = _asked_training(recipe, **numbers, max_length=max_length, seed=seed)
     config = _asked_mask(recipe, keep, layers, target_modules, scope, seed)
+    if resume:
+        _check_resume(Path(out), settings, config)
     _check_out(Path(out), overwrite)
     _check_source(model)
     train_rows, held = _split(data, validation, seed)

@@ -76,7 +76,7 @@ def _why(repo_id, revision, error):
     "Which error to raise where a mask cannot be fetched, and its sentence."
     from huggingface_hub import errors
 
-    here = f"and there is no folder {repo_id} here"
+    here, cause = f"and there is no folder {repo_id} here", error.__cause__ or error
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"revision is {revision!r}, which {repo_id} on the hub does not have. Name a branch,"
         return ValueError, f"{what} a tag or a commit of it."
@@ -86,16 +86,15 @@ def _why(repo_id, revision, error):
     if isinstance(error, errors.RepositoryNotFoundError):
         what = f"The hub has no model {repo_id} that this token may read, {here}. Correct the id,"
         return FileNotFoundError, f"{what} or give a token for a private one."
-    if isinstance(error, errors.LocalEntryNotFoundError) or not isinstance(
-        error, errors.EntryNotFoundError | errors.HfHubHTTPError | errors.HFValidationError
-    ):
-        what = f"The hub could not be reached ({type(error.__cause__ or error).__name__}) for"
-        what = f"{what} {repo_id}, which is not in the cache, {here}. Connect to the network, unset"
-        return ConnectionError, f"{what} HF_HUB_OFFLINE if it is set, or name a folder."
-    if isinstance(error, errors.EntryNotFoundError):
-        what = f"{repo_id} on the hub holds no {MASK_FILE}, so it is no mask of mft_nb. Name a"
-        return FileNotFoundError, f"{what} repository that push_to_hub made."
     if isinstance(error, errors.HFValidationError):
         return ValueError, f"folder is {repo_id!r}, {here}, and no id on the hub: {error}"
-    status = error.response.status_code
-    return ConnectionError, f"The hub refused {repo_id} with status {status}. Call again later."
+    missing = isinstance(error, errors.EntryNotFoundError)
+    if missing and not isinstance(error, errors.LocalEntryNotFoundError):
+        what = f"{repo_id} on the hub holds no {MASK_FILE}, so it is no mask of mft_nb. Name a"
+        return FileNotFoundError, f"{what} repository that push_to_hub made."
+    if isinstance(cause, errors.HfHubHTTPError):
+        what = f"The hub refused {repo_id} with status {cause.response.status_code}, {here}."
+        return ConnectionError, f"{what} Call again later."
+    what = f"The hub could not be reached ({type(cause).__name__}) for {repo_id}, which is not in"
+    what = f"{what} the cache, {here}. Connect to the network, unset HF_HUB_OFFLINE if it is set,"
+    return ConnectionError, f"{what} or name a folder."

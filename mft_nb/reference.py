@@ -66,6 +66,7 @@ def check_caller(self: Reference) -> None:
 
 
 @patch
+@torch.compiler.disable
 def watch(self: Reference, model: nn.Module, inputs: tuple) -> None:
     "A hook for the length of a block, on a model whose passes no other hook tells of."
     self.check_caller()

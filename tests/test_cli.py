@@ -9,9 +9,14 @@ from multiprocessing import get_context
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    TrainerCallback,
+)
 
-from mft_nb import cli
+from mft_nb import cli, train
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
 from mft_nb.mask_file import load_mask
@@ -236,6 +241,48 @@ def test_fit_keeps_the_mask_that_is_there(files, tmp_path, capsys, monkeypatch):
     assert not set(asked) & set(saved.config)
     assert all(set(saved.mask.density_by_neuron(name).tolist()) <= {0, 1} for name in saved.mask)
     assert json.loads((out / "history.json").read_text())["steps"] == 1
+
+
+class Killed(TrainerCallback):
+    """Stops a training after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_fit_that_was_killed_goes_on_with_resume(files, tmp_path, capsys, monkeypatch):
+    options = {"model": str(files / "model"), "data": str(files / "rows.csv"), "quiet": True}
+    options |= {"epochs": 1.0, "layers": "2", "batch_size": 8}
+
+    def fit(out, killed_at=0, **more):
+        killed = (Killed(killed_at),) if killed_at else ()
+        saving = {"save_every": 3, "callbacks": killed}  # 7 steps in all
+        monkeypatch.setattr("mft_nb.train.fit", lambda *a, **given: whole_fit(*a, **given | saving))
+        return call_here("mft_fit", capsys, **options | {"out": str(tmp_path / out)} | more)
+
+    whole_fit = train.fit
+    assert fit("whole")[0] == 0
+    assert fit("stopped", killed_at=5)[0] == 130
+    assert fit("early", killed_at=2)[0] == 130
+    load_snippets()["train"].select(range(9, 73)).to_csv(tmp_path / "other.csv", index=False)
+    for out, more, expected in (
+        ("stopped", {"keep": 0.8}, "an unfinished run with other mask: keep is 0.8, and it was 0.9"),
+        ("stopped", {"seed": 1}, "an unfinished run with other seed: seed is 1, and it was 0"),
+        ("stopped", {"data": str(tmp_path / "other.csv")}, "an unfinished run with other rows"),
+        ("early", {}, "stopped before its first whole checkpoint"),
+        ("new", {}, "holds no unfinished run, so there is nothing to go on from"),
+        ("whole", {}, "holds a finished mask and no unfinished run"),
+    ):
+        check_refusal(*fit(out, resume=True, **more), expected)
+    assert not (tmp_path / "new").exists()
+    assert fit("stopped", resume=True)[0] == 0
+    for name in ("mask.safetensors", "history.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "stopped" / "unfinished").exists()
 
 
 def test_apply_refuses(files, tmp_path, capsys):
