@@ -270,7 +270,7 @@ def test_a_fit_that_was_killed_goes_on_with_resume(files, tmp_path, capsys, monk
     assert fit("early", killed_at=2)[0] == 130
     load_snippets()["train"].select(range(9, 73)).to_csv(tmp_path / "other.csv", index=False)
     for out, more, expected in (
-        ("stopped", {"keep": 0.8}, "an unfinished run with other mask: keep is 0.8, and it was 0.9"),
+        ("stopped", {"keep": 0.8}, "unfinished run with other mask: keep is 0.8, and it was 0.9"),
         ("stopped", {"seed": 1}, "an unfinished run with other seed: seed is 1, and it was 0"),
         ("stopped", {"data": str(tmp_path / "other.csv")}, "an unfinished run with other rows"),
         ("early", {}, "stopped before its first whole checkpoint"),
@@ -280,9 +280,10 @@ def test_a_fit_that_was_killed_goes_on_with_resume(files, tmp_path, capsys, monk
         check_refusal(*fit(out, resume=True, **more), expected)
     assert not (tmp_path / "new").exists()
     assert fit("stopped", resume=True)[0] == 0
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     for name in ("mask.safetensors", "history.json"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not (tmp_path / "stopped" / "unfinished").exists()
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+    assert not (stopped / "unfinished").exists()
 
 
 def test_apply_refuses(files, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A mask from the hub, by a stand-in of it on this machine; and one sentence where there is none."""
+"""A mask from a stand-in of the hub on this machine; and one sentence where there is none."""
 
 import http.server
 import threading

@@ -1,4 +1,4 @@
-"""The base for a moment: bit for bit within the block, the mask after it, and refused in between."""
+"""The base for a moment: bit for bit within the block, and the mask after it; or a refusal."""
 
 import copy
 import threading
