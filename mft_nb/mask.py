@@ -435,7 +435,7 @@ def of(
 @patch
 def __setstate__(self: MFT, state):
     self.__dict__.update(state)
-    if self._fixed:  # a copy of what is on a copied model
+    if self._fixed and not self._fixed.used_by:  # a copy of what is on a copied model
         self._fixed.used_by = weakref.ref(self)
 
 # %% ../nbs/19_mask.ipynb #c2cdd939
