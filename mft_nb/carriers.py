@@ -78,6 +78,11 @@ def check_model(
                 f"model is wrapped as {kind.__name__}, which gives all weights other names. Give "
                 f"{_WRAPPERS[kind.__name__]}."
             )
+    if any(hasattr(module, "mft_masks") for module in model.modules()):
+        raise ValueError(
+            "The model carries masks of PEFT. Call merge_and_unload() or unload() on its PeftModel "
+            "first."
+        )
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         raise ValueError(
             "The model already carries a mask. Call merge_and_unload() or unload() on its "
