@@ -15,7 +15,6 @@ need_extra("peft", "mft_nb.peft")
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
@@ -389,8 +388,9 @@ def merge_adapter(
 # %% ../nbs/33_peft.ipynb #mixed-code
 @patch
 @contextmanager
-def _enable_peft_forward_hooks(self: MftModel, *args, **kwargs) -> Iterator[None]:
-    if kwargs.get("adapter_names") is not None:
+def _enable_peft_forward_hooks(self: MftModel, *args, **options):
+    "What PEFT enters around a forward pass."
+    if options.get("adapter_names") is not None:
         raise ValueError(
             "adapter_names gives each row of a batch an adapter of its own, which masks cannot do. "
             "Leave it out, and call set_adapter(name) before a batch of rows for one adapter."

@@ -108,6 +108,12 @@ class MftLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         return _with_weight(self.base_layer, weight)(*args, **kwargs)
 
+    def _save_to_state_dict(self, *options):
+        for one in self.mft_masks.values():
+            if isinstance(one, MaskedWeight) and one.group.steps:
+                one.group.steps.count()  # the last step of the optimizer too
+        super()._save_to_state_dict(*options)
+
     def __repr__(self):
         return "mft." + super().__repr__()
 
