@@ -205,10 +205,14 @@ class _Watch:
 
     @torch.compiler.disable(reason=MERGE_FIRST.format(what="one compiled graph"))
     def add_penalties(self, model, inputs, options, output):
-        for penalty in list(self.penalties.values()):
-            if penalty.masked[0].scores.requires_grad:  # not of a disabled or inactive adapter
-                output = penalty(model, inputs, options, output)
+        for penalty in self.trained():
+            output = penalty(model, inputs, options, output)
         return output
+
+    def trained(self):
+        "The penalties of adapters that are active and not disabled."
+        penalties = list(self.penalties.values())
+        return [one for one in penalties if one.masked[0].scores.requires_grad]
 
     @torch.no_grad()
     def remove(self, model, merged):
@@ -401,12 +405,17 @@ def _enable_peft_forward_hooks(self: MftModel, *args, **options):
 @patch
 def delete_adapter(
     self: MftModel,
-    adapter_name: str,
+    adapter_name: str,  # one that there is
 ) -> None:
     "Forget an adapter."
     BaseTuner.delete_adapter(self, adapter_name)
-    if watch := _Watch.of(self.model):
-        watch.penalties.pop(adapter_name, None)
+    _Watch.of(self.model).penalties.pop(adapter_name, None)
+
+
+@patch
+def penalty(self: MftModel) -> Tensor:  # a scalar; 0 without a penalty
+    "The penalty on the scores that are trained, for a loss that the model does not return."
+    return sum((one.value() for one in _Watch.of(self.model).trained()), torch.zeros(()))
 
 # %% ../nbs/33_peft.ipynb #to-mask-code
 def adapter_to_mask(

@@ -160,6 +160,7 @@ def test_training_is_that_of_mft(settings):
     train_steps(None, model=model, optimizer=torch.optim.AdamW(ours, **rate))
     assert len(ours) == len(mft.scores)
     assert all(map(torch.equal, ours, mft.scores))
+    torch.testing.assert_close(model.penalty(), mft.penalty(), rtol=0, atol=0)
     assert model.bitmask() == mft.bitmask()
 
 
