@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import (
+    AutoPeftModel,
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
@@ -335,6 +336,13 @@ def test_auto_classes_find_the_base(tmp_path):
     assert found.bitmask() == model.bitmask() and torch.equal(output_of(found), output_of(model))
     generated = [one.generate(TOKENS, max_new_tokens=3, do_sample=False) for one in (found, model)]
     assert torch.equal(*generated)
+    plain = type(base).from_pretrained(tmp_path / "base")
+    adapter_to_mask(tmp_path / "adapter", tmp_path / "mask", plain)
+    mask_to_adapter(tmp_path / "mask", tmp_path / "bits", plain)  # no task: the class is noted
+    bits = AutoPeftModel.from_pretrained(tmp_path / "bits")
+    assert torch.equal(output_of(bits), output_of(model))
+    status = bits.get_model_status()
+    assert (status.peft_types, status.enabled) == ({"default": "MFT"}, True)
 
 
 def test_the_mask_file_serves_the_engine(tmp_path):
@@ -432,6 +440,13 @@ def test_recomputed_activations_and_copies_give_the_same():
     assert plain.bitmask() == saving.bitmask() == twin.bitmask()
     train(twin)
     assert plain.bitmask() == saving.bitmask() != twin.bitmask()
+
+
+def test_a_compiled_model_gives_the_same():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), MftConfig(layers="all", keep=0.5))
+    rows = torch.randn(2, 8)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(rows), model(rows))
 
 
 def test_threads_share_a_model():
