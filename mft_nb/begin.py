@@ -44,7 +44,8 @@ def make_scores(
         masked[name] = MaskedWeight(scores, groups[key], infos[name], units)
         _check_prunes(name, config.keep, scores.numel(), units)
     for group in groups.values():
-        group.masks()  # a scope that does not fit the shape is refused here
+        if not group.members[0].scores.is_meta:  # such are made by `accelerate.init_empty_weights`
+            group.masks()  # a scope that does not fit the shape is refused here
     if start is not None:
         _begin_at(start, masked, groups.values(), config)
     return masked

@@ -30,12 +30,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, load_peft
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from .begin import make_scores
 from .bitmask import BitMask
 from .carriers import NoPickle, check_model, check_weights, choose_weights
 from .config import MaskConfig, check_choice, split_settings
 from .files import whole, write_whole
 from .freeze import Frozen, dropout_rates
-from .mask import MASK_FILE, MODULES_FILE, make_scores
+from .hub import MASK_FILE, MODULES_FILE
 from .mask_file import check_base, load_mask, save_mask
 from .passes import ForwardPass
 from mft_nb.peft_layers import (
