@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from mft_nb.mask import MFT
 from mft_nb.scopes import n_of_m_mask
 from mft_nb.scores import MaskedWeight, ScoreGroup
 from mft_nb.targets import maskable_weights
-from tests.outputs import ROOT
 from tests.strangers import (
     Stack,
     batch,
@@ -35,6 +35,8 @@ from tests.strangers import (
     switch,
     winners,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Several at once
 
