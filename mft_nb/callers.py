@@ -15,7 +15,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .passes import calls_going_on, module_call, who
+from .passes import module_call, running_calls, who
 
 # %% ../nbs/20_callers.ipynb #callers-code
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Callers:
 
     def _going_on(self, thread):
         "Calls of the model in a thread, without those that Ctrl-C broke off."
-        return calls_going_on(self._running[thread])
+        return running_calls(self._running[thread])
 
 # %% ../nbs/20_callers.ipynb #asked-code
 _ASKED = ContextVar("asked", default=None)  # what `use` was given: it goes along to_thread

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .passes import calls_going_on, module_call, who, within_call
+from .passes import module_call, running_calls, who, within_call
 
 # %% ../nbs/18d_reference.ipynb #ref-class
 class Reference:
@@ -84,7 +84,7 @@ def begin_pass(self: Reference) -> None:
 def end_pass(self: Reference) -> None:
     "It ends, perhaps with an error."
     with self.lock:
-        calls = calls_going_on(self._running.pop(threading.get_ident(), []))[:-1]
+        calls = running_calls(self._running.pop(threading.get_ident(), []))[:-1]
         if calls:
             self._running[threading.get_ident()] = calls
         self.lock.notify_all()
@@ -145,7 +145,7 @@ def _wait_for_turn(self: Reference, model):
 
     def free():
         others = [calls for thread, calls in self._running.items() if thread != me]
-        return not self and not any(map(calls_going_on, others))
+        return not self and not any(map(running_calls, others))
 
     while not self.lock.wait_for(free, timeout=0.2):
         pass  # a pass that was broken off wakes nobody

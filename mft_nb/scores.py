@@ -185,7 +185,7 @@ def winners(
 ) -> tuple[Winners, Tensor]:  # of the group; and the member's scores as they are ranked
     "Who wins with the present scores."
     with self.lock:
-        in_pass = self.forward_pass.found() if len(self.members) > 1 else None
+        in_pass = self.forward_pass.store if len(self.members) > 1 else None
         found = (in_pass or {}).get(id(self))
         if found and place not in found.readers:
             found.readers.add(place)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/18_shrink.ipynb #shrink-find
-FEED_FORWARDS = (  # names of the matrices that go up, a gate first, and of the one behind them
+FEED_FORWARDS = (  # names of the up projections, a gate first, and of the down projection
     ("intermediate.dense", "output.dense"),  # BERT, RoBERTa, MPNet, ELECTRA, DeBERTa-v2
     ("lin1", "lin2"),  # DistilBERT
     ("fc1", "fc2"),  # ViT, OPT
@@ -43,7 +43,7 @@ _FUSED = (  # queries, keys and values in one matrix, and the output
 def blocks(
     modules: Mapping[str, nn.Module],  # of a model, by name
     kinds: Sequence[tuple[str, ...]],  # `FEED_FORWARDS` or `ATTENTIONS`
-) -> Iterator[tuple[list[str], str]]:  # names: those that read the input, the one behind them
+) -> Iterator[tuple[list[str], str]]:  # names: those that read the input, the one that reads them
     "The modules of a model whose names go together."
     for name in modules:
         for *inputs, output in kinds:
@@ -90,7 +90,7 @@ def _activation(modules, name) -> Callable[[Tensor], Tensor]:
         if callable(function := getattr(owner, attribute, None)):
             return function
     raise ValueError(
-        f"The activation function behind {name} was not found; it is looked for under the names "
+        f"The activation function after {name} was not found; it is looked for under the names "
         f"{', '.join(_ACTIVATIONS)}."
     )
 
@@ -108,7 +108,7 @@ def _constants(weights, ups, down):
     return torch.stack(zero).all(dim=0) | nothing, constant
 
 # %% ../nbs/18_shrink.ipynb #shrink-size
-def _filled(
+def _fill_up(
     needed: Tensor,  # bool: who must stay
     size: int,  # how many stay
 ) -> Tensor:  # bool: they, and the first others
@@ -118,7 +118,7 @@ def _filled(
     return stay
 
 
-def _field(config, names, value):
+def _size_field(config, names, value):
     "The field of a config that holds a size."
     for name in names:
         # GPT-2 writes None for four times its width
@@ -143,9 +143,9 @@ def _cut_neurons(weights, config):
     before, size = sizes.pop(), max(int((~can_go).sum()) for can_go, _ in found)
     if size == before:
         return False
-    setattr(config, _field(config, _SIZES, before), size)
+    setattr(config, _size_field(config, _SIZES, before), size)
     for (ups, down), (can_go, constant) in zip(layers, found, strict=True):
-        stay = _filled(~can_go, size)
+        stay = _fill_up(~can_go, size)
         _move_into_bias(weights, down, stay, constant)
         for up in ups:
             weights.cut(up, rows=stay)
@@ -154,7 +154,7 @@ def _cut_neurons(weights, config):
 
 
 def _move_into_bias(weights, down, stay, constant):
-    "Add what the neurons that go give to the bias behind them."
+    "Add what the neurons that go give to the bias of the down projection."
     moved = weights.matrix(down)[:, ~stay] @ constant[~stay]
     if f"{down}.bias" in weights.state:
         weights.state[f"{down}.bias"] = weights.bias(down) + moved
@@ -163,6 +163,18 @@ def _move_into_bias(weights, down, stay, constant):
             f"Pruned neurons before {down} give constants, and it has no bias that could hold "
             "them. Prune their columns of that matrix too."
         )
+
+# %% ../nbs/18_shrink.ipynb #shrink-cut-attention
+def _cut_attention(weights, inputs, output, needed, kept_groups, in_group):
+    "Leave some groups of heads, and some heads in each, of one attention."
+    groups = _fill_up(needed.any(dim=1), kept_groups)
+    heads = torch.stack([_fill_up(group, in_group) for group in needed]) & groups[:, None]
+    size = weights.matrix(output).shape[1] // heads.numel()
+    queries, keys, values = inputs
+    weights.cut(queries, rows=heads.flatten().repeat_interleave(size))
+    for name in (keys, values):
+        weights.cut(name, rows=groups.repeat_interleave(size))
+    weights.cut(output, columns=heads.flatten().repeat_interleave(size))
 
 # %% ../nbs/18_shrink.ipynb #shrink-heads
 _HEADS = ("num_attention_heads", "num_heads", "n_heads")  # of a config
@@ -183,13 +195,13 @@ def _cut_heads(weights, config):
         return False
     for (inputs, output), one in zip(layers, needed, strict=True):
         _cut_attention(weights, inputs, output, one, kept_groups, in_group)
-    setattr(config, _field(config, _HEADS, heads), kept_groups * in_group)
+    setattr(config, _size_field(config, _HEADS, heads), kept_groups * in_group)
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = kept_groups
     config.head_dim = len(read[0]) // heads  # else it follows from the width
     return True
 
-
+# %% ../nbs/18_shrink.ipynb #shrink-fused
 def _fused_heads_go(weights, config):
     "Whether heads are pruned whose queries, keys and values are one matrix."
     heads = next((getattr(config, name) for name in _HEADS if hasattr(config, name)), 0)
@@ -197,20 +209,8 @@ def _fused_heads_go(weights, config):
     read = [(weights.matrix(output) != 0).any(dim=0) for output in fused] if heads else []
     return any(not one.reshape(heads, -1).any(dim=1).all() for one in read)
 
-
-def _cut_attention(weights, inputs, output, needed, kept_groups, in_group):
-    "Leave some groups of heads, and some heads in each, of one attention."
-    groups = _filled(needed.any(dim=1), kept_groups)
-    heads = torch.stack([_filled(group, in_group) for group in needed]) & groups[:, None]
-    size = weights.matrix(output).shape[1] // heads.numel()
-    queries, keys, values = inputs
-    weights.cut(queries, rows=heads.flatten().repeat_interleave(size))
-    for name in (keys, values):
-        weights.cut(name, rows=groups.repeat_interleave(size))
-    weights.cut(output, columns=heads.flatten().repeat_interleave(size))
-
 # %% ../nbs/18_shrink.ipynb #shrink-made
-def _made(model, config, state):
+def _make_model(model, config, state):
     "A model of the same class, type, device and mode; None where the weights do not fit it."
     with torch.random.fork_rng():  # its random first weights are written over
         try:
@@ -247,9 +247,9 @@ def shrink(
     weights = _Weights(state, dict(model.named_modules()))
     config = copy.deepcopy(model.config)
     fewer_neurons = _cut_neurons(weights, config)
-    with_heads = _Weights(dict(state), weights.modules), copy.deepcopy(config)
-    if _cut_heads(*with_heads):
-        made = _made(model, with_heads[1], with_heads[0].state)
+    fewer_heads, fewer_config = _Weights(dict(state), weights.modules), copy.deepcopy(config)
+    if _cut_heads(fewer_heads, fewer_config):
+        made = _make_model(model, fewer_config, fewer_heads.state)
         if made is not None:
             return made
         _warn_of_heads(model, fewer_neurons)
@@ -257,7 +257,7 @@ def shrink(
         _warn_of_heads(model, fewer_neurons)
     if not fewer_neurons:
         raise ValueError(_nothing_goes(weights))
-    made = _made(model, config, state)
+    made = _make_model(model, config, state)
     if made is None:
         raise ValueError(
             f"A new {type(model).__name__} does not have the shapes of the smaller weights, so its "
@@ -346,7 +346,7 @@ def _check_sparse(sparse, device):
 _BLOCK = (32, 64)  # outputs and inputs are multiples of these, for cuSPARSELt and CUTLASS alike
 
 
-def _matrices(model, state):
+def _storable_matrices(model, state):
     "The linear matrices of a model that are 2:4 and that torch can store, by name."
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = {name: state[f"{name}.weight"] for name in linear if f"{name}.weight" in state}
@@ -363,10 +363,10 @@ def _matrices(model, state):
                 f"{name}.weight is {str(one.dtype).removeprefix('torch.')}. Convert the model "
                 f"first, as by model.to(torch.bfloat16), or {_DENSE}."
             )
-    return _that_fit(found)
+    return _matrices_that_fit(found)
 
 
-def _that_fit(found):
+def _matrices_that_fit(found):
     "Those matrices whose shape torch can store; a warning names one of the others."
     fit = {n: one for n, one in found.items() if not any(map(operator.mod, one.shape, _BLOCK))}
     if left := [name for name in found if name not in fit]:
@@ -380,8 +380,8 @@ def _that_fit(found):
 # %% ../nbs/18_shrink.ipynb #shrink-with-sparse
 def _with_sparse(model, state):
     "A model of the same class, for inference, whose 2:4 matrices are torch's sparse tensors."
-    found = _matrices(model, state)
-    made = _made(model, copy.deepcopy(model.config), state)
+    found = _storable_matrices(model, state)
+    made = _make_model(model, copy.deepcopy(model.config), state)
     if made is None:
         raise ValueError(
             f"A new {type(model).__name__} does not have the shapes of the model's weights, so it "

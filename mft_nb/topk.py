@@ -26,7 +26,7 @@ def _by_kthvalue(flat, index):
 
 
 def _by_topk(flat, index):
-    "The same as the last of the values on the side that has fewer."
+    "The same value by `topk`, from the end that is nearer."
     upper = 2 * index >= len(flat)
     count = len(flat) - index if upper else index + 1
     values = flat.topk(count, largest=upper, sorted=False).values
@@ -76,14 +76,14 @@ def _array(flat):
 # %% ../nbs/05_topk.ipynb #above-tools
 def _above(flat, threshold):
     "Where values lie above a threshold; by NumPy, which is faster, where it can work in place."
-    if _fast([flat]):
+    if _numpy_in_place([flat]):
         return torch.from_numpy(np.greater(_array(flat), np.float32(threshold)))
     return flat > threshold
 
 
-def _fast(flat):
-    "Whether NumPy can work on the scores in place."
-    return all(score.device.type == "cpu" and score.dtype == torch.float32 for score in flat)
+def _numpy_in_place(parts):
+    "Whether NumPy can work on the scores of some tensors in place."
+    return all(one.device.type == "cpu" and one.dtype == torch.float32 for one in parts)
 
 # %% ../nbs/05_topk.ipynb #above-threshold
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def count_kept(
     return int(np.count_nonzero(mask.detach().cpu().numpy()))
 
 # %% ../nbs/05_topk.ipynb #search-code
-def _search(flat, kept):
+def _search(parts, kept):
     "The winners of all that compete, by a search of all of it."
-    together = torch.cat(flat)
+    together = torch.cat(parts)
     total, spoiled = together.numel(), int(together.isnan().sum())
     if not 0 <= kept <= total:
         raise ValueError(f"kept is {kept}; allowed is 0 to {total}, the number of scores.")
@@ -120,18 +120,18 @@ def _search(flat, kept):
         )
     threshold = _kth_smallest(together, total - kept - 1) if kept < total else -math.inf
     missing = kept - count_kept(_above(together, threshold))
-    return AboveThreshold(threshold, _first_equal(flat, threshold, missing))
+    return AboveThreshold(threshold, _first_equal(parts, threshold, missing))
 
 # %% ../nbs/05_topk.ipynb #first-equal
 _NOWHERE = torch.empty(0, dtype=torch.long)
 
 
-def _first_equal(flat, threshold, missing):
+def _first_equal(parts, threshold, missing):
     "By tensor: the positions of the first scores that lie on the threshold."
     found = []
-    for one in flat:
+    for one in parts:
         positions = _NOWHERE
-        if missing and _fast([one]):
+        if missing and _numpy_in_place([one]):
             positions = torch.from_numpy(np.flatnonzero(_array(one) == np.float32(threshold)))
         elif missing:
             positions = (one == threshold).nonzero()[:, 0]
@@ -182,34 +182,34 @@ class Finder:
     ) -> AboveThreshold:
         "The threshold of the largest scores of the group; ValueError where some are NaN."
         self.calls += 1
-        flat = [score.detach().reshape(-1) for score in scores]
-        found = self._again(flat, kept)
+        parts = [score.detach().reshape(-1) for score in scores]
+        found = self._again(parts, kept)
         if found is None:
             self.searches += 1
-            found = self._anew(flat, kept)
+            found = self._anew(parts, kept)
         elif found is self._last:
             self.proved += 1
         self._last = found
         return found
 
-    def _again(self, flat, kept):
+    def _again(self, parts, kept):
         "The winners without a search of all scores; None where that does not settle it."
-        return self._last if self._holds(flat, kept) else None
+        return self._last if self._holds(parts, kept) else None
 
-    def _anew(self, flat, kept):
+    def _anew(self, parts, kept):
         "The winners by a search of all scores."
-        return _search(flat, kept)
+        return _search(parts, kept)
 
 # %% ../nbs/05_topk.ipynb #holds-code
 @patch
-def _holds(self: Finder, flat, kept):
+def _holds(self: Finder, parts, kept):
     "Whether all scores are above the last threshold or not above it, and `kept` are above."
     if self._last is None or any(map(len, self._last.ties)):
         return False
-    threshold, total = self._last.threshold, sum(map(len, flat))
-    if sum(count_kept(_above(one, threshold)) for one in flat) != kept:
+    threshold, total = self._last.threshold, sum(map(len, parts))
+    if sum(count_kept(_above(one, threshold)) for one in parts) != kept:
         return False
-    return sum(count_kept(one <= threshold) for one in flat) == total - kept  # no NaN
+    return sum(count_kept(one <= threshold) for one in parts) == total - kept  # no NaN
 
 # %% ../nbs/05_topk.ipynb #call-code
 @patch
@@ -235,15 +235,15 @@ class TopK(Finder):
         self._band = None  # scores around the last threshold, from low to high
         self._fraction = _FIRST_FRACTION  # of the scores, in a band that is made anew
 
-    def _again(self, flat, kept):
-        if self._band is None or not _fast(flat):
-            return super()._again(flat, kept)
-        return self._near(flat, kept)
+    def _again(self, parts, kept):
+        if self._band is None or not _numpy_in_place(parts):
+            return super()._again(parts, kept)
+        return self._near(parts, kept)
 
-    def _anew(self, flat, kept):
-        found, self._band = super()._anew(flat, kept), None
-        if 0 < kept < sum(map(len, flat)) and _fast(flat):
-            values = _array(torch.cat(flat))
+    def _anew(self, parts, kept):
+        found, self._band = super()._anew(parts, kept), None
+        if 0 < kept < sum(map(len, parts)) and _numpy_in_place(parts):
+            values = _array(torch.cat(parts))
             self._band = self._band_around(values, len(values) - kept)
         return found
 
@@ -261,21 +261,21 @@ _BLOCK = 2**17  # scores that are compared at a time; with the results they fit 
 
 
 def _in_band(array, low, high):
-    "How many values lie above a band, and those that lie neither above nor below it."
+    "How many values lie above a band, and those neither above nor below it, block by block."
     over, under = np.empty((2, min(_BLOCK, array.size)), dtype=bool)
-    above, values = 0, []
+    above, blocks = 0, []
     for start in range(0, array.size, _BLOCK):
         block = array[start : start + _BLOCK]
         larger = np.greater(block, high, out=over[: block.size])
         smaller = np.less(block, low, out=under[: block.size])
         above += np.count_nonzero(larger)
         within = np.equal(larger, smaller, out=smaller)
-        values.append(block[np.flatnonzero(within)])
-    return above, values
+        blocks.append(block[np.flatnonzero(within)])
+    return above, blocks
 
 # %% ../nbs/05_topk.ipynb #search-band
 def _search_band(values, missing, high):
-    "The largest value of a band that goes, and how many of the equal ones stay."
+    "The largest value of a band that is pruned, and how many of the equal ones stay."
     if not missing:
         return high, 0
     goes = len(values) - missing
@@ -284,12 +284,13 @@ def _search_band(values, missing, high):
 
 # %% ../nbs/05_topk.ipynb #b8324fbc
 @patch
-def _near(self: TopK, flat, kept):
+def _near(self: TopK, parts, kept):
     "The winners by way of the band; None where that does not settle it."
     low, high = self._band
-    above, values = zip(*(_in_band(_array(one), low, high) for one in flat), strict=True)
-    missing, values = kept - sum(above), np.concatenate(sum(values, []))
-    fraction = len(values) / sum(map(len, flat))
+    counted = [_in_band(_array(one), low, high) for one in parts]
+    missing = kept - sum(above for above, _ in counted)
+    values = np.concatenate([block for _, blocks in counted for block in blocks])
+    fraction = len(values) / sum(map(len, parts))
     if not 0 <= missing <= len(values) or np.isnan(values).any():
         self._fraction = min(2 * self._fraction, _LARGEST_FRACTION)
         return None
@@ -300,7 +301,7 @@ def _near(self: TopK, flat, kept):
     threshold, equal = _search_band(values, missing, high)
     if 0 < missing < len(values):
         self._narrow(threshold, fraction)
-    return AboveThreshold(float(threshold), _first_equal(flat, float(threshold), equal))
+    return AboveThreshold(float(threshold), _first_equal(parts, float(threshold), equal))
 
 # %% ../nbs/05_topk.ipynb #narrow-code
 @patch

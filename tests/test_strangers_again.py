@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mft_nb.bitmask import random_mask
 from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
-from mft_nb.passes import calls_going_on, module_call
+from mft_nb.passes import module_call, running_calls
 from mft_nb.switch import MaskSwitch
 from mft_nb.targets import maskable_weights
 from tests.strangers import Stack, config
@@ -313,7 +313,7 @@ def test_the_passes_of_a_busy_thread_can_be_looked_at_from_another_one():
     busy.start()
     end, seen = time.monotonic() + 1, 0
     while time.monotonic() < end:
-        seen += len(calls_going_on(list(calls)))
+        seen += len(running_calls(list(calls)))
     stop.set()
     busy.join()
     assert seen

@@ -1,6 +1,7 @@
 """The figures of the study keep to the house style: a finding as title, few rows, large letters."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from mft_nb.study.effects import OURS
+from mft_nb.study.figures.curve import CURVES, UNIT_COLORS
 from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
 from mft_nb.study.figures.style import COLORS, GREY
 from mft_nb.study.figures.table import FRONT, _anatomy_title, _changed_title, _front_title
@@ -142,7 +144,7 @@ def test_nothing_is_written_over_an_edge_or_a_frame(drawn):
 
 
 def test_a_colour_means_a_treatment(drawn):
-    allowed = {to_hex(color) for color in (*COLORS.values(), *NEUTRAL)}
+    allowed = {to_hex(color) for color in (*COLORS.values(), *UNIT_COLORS.values(), *NEUTRAL)}
 
     def fault(figure):
         lines = [line for axes in figure.axes for line in axes.lines]
@@ -172,3 +174,21 @@ def test_the_uneven_kind_of_mask_is_named():
     assert _anatomy_title(uneven).startswith("Our recipe prunes some")
     uneven["gradient_all"] = [9.0]
     assert _anatomy_title(uneven).startswith("Both kinds of mask prune some")
+
+
+def test_a_second_model_with_pruned_neurons_is_drawn_as_far_as_its_records_go(tmp_path, capsys):
+    here, base = ROOT / "results" / "units", tmp_path / "results" / "units_base"
+    (base / "units").mkdir(parents=True)
+    shutil.copytree(here.with_name("bench"), base.with_name("bench"))
+    runs = [*here.glob("*-none.*"), *here.glob("units/*-units_*-keep0.[257]*-neurons.*")]
+    for one in runs:
+        if not re.search("fisher|magnitude", one.name):
+            shutil.copy(one, base / one.relative_to(here))
+    written = draw_all(base.parent, tmp_path / "figures", CURVES)
+    assert [path.name for path in written] == ["units_base_curve.png", "units_base_curve.svg"]
+    assert "no run that fine-tunes a model with half the neurons" in capsys.readouterr().out
+    figure = CURVES["curve"](base)
+    caption = figure.texts[1].get_text().replace("\n", " ")
+    assert caption.startswith("MPNet-base on SST-2") and "BERT-base's shape" in caption
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == 4 and "trained mask of units" in labels

@@ -154,7 +154,7 @@ def test_a_record_is_drawn(measured):
     figure = latency_figure({"happened": {"inference": measured}})
     assert [axes.get_title() for axes in figure.axes] == ["1 row a pass", "3 rows a pass"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["MiniLM-L6", "BERT-base shape", "what is left allows"]
+    assert labels == ["MiniLM-L6", "BERT-base shape", "in proportion"]
 
 
 def test_threads_are_put_back_after_a_failure(monkeypatch):

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from mft_nb.model import load_classifier
 from mft_nb.study.curve import (
+    PassTime,
     curve_points,
     equivalence,
     fastest,
@@ -132,7 +133,8 @@ def test_the_fastest_that_is_equivalent_is_found(tmp_path):
         write(tmp_path, seed, "none", right)
         write(tmp_path, seed, "units_fisher", right, keep=0.5, variant="neurons")
         write(tmp_path, seed, "units_random", right - 9 - seed, keep=0.25, variant="neurons")
-    times = {("neurons", 0.5, "32"): 0.7, ("neurons", 0.25, "32"): 0.5}
+    times = {("neurons", 0.5, "32"): PassTime(0.7, 0.6, 0.8)}
+    times[("neurons", 0.25, "32")] = PassTime(0.5, 0.4, 0.6)
     points = with_times(curve_points(tmp_path), times)
     assert points.seeds.map(len).tolist() == [3, 3, 3]
     assert fastest(points, 0.005).method == "units_fisher"

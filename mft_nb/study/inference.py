@@ -48,8 +48,8 @@ def first_units(
 ) -> BitMask:  # of the matrices that read them
     "The mask that keeps the first neurons or heads of each layer."
     units = units_of(model, kind)
-    falling = {name: -torch.arange(float(_count(one))) for name, one in units.items()}
-    return unit_mask(falling, units, keep)
+    descending = {name: -torch.arange(float(_count(one))) for name, one in units.items()}
+    return unit_mask(descending, units, keep)
 
 
 def _count(units):
@@ -64,10 +64,7 @@ class Smaller(NamedTuple):
     kind: str = ""  # what was taken out: "neurons" or "heads"; "": nothing
     kept: float = 1.0  # fraction of them that each layer still has
 
-
-KEEPS = (0.9, 0.75, 0.5, 0.25)  # fractions of the neurons
-
-
+# %% ../../nbs/study/26_inference.ipynb #inf-check-keeps
 def _check_model_and_keeps(model, keeps):
     "Refuse a model that would drop out at random, and fractions that take nothing out."
     if model.training:
@@ -83,6 +80,9 @@ def _check_model_and_keeps(model, keeps):
             )
 
 # %% ../../nbs/study/26_inference.ipynb #inf-shrunk
+KEEPS = (0.9, 0.75, 0.5, 0.25)  # fractions of the neurons
+
+
 def shrunk_models(
     model: nn.Module,  # of transformers, in evaluation mode; stays as it is
     keeps: Sequence[float] = KEEPS,  # fractions of the neurons, each above 0 and below 1
@@ -217,30 +217,16 @@ def time_passes(
         times = interleave(steps, rounds, "forward passes", progress, REST)
     return {name: [second / passes for second in seconds] for name, seconds in times.items()}
 
-# %% ../../nbs/study/26_inference.ipynb #inf-measure-model
-def measure_model(
-    model: nn.Module,  # built like BERT, in evaluation mode; stays as it is
-    rounds: int,  # timed rounds for each size of a batch
-    batches: Mapping[int, int] = BATCHES,  # rows a batch: passes in a row that are timed together
-    tokens: int = TOKENS,  # a row
-    threads: int = 2,  # of torch, which gets its own number back
-    progress: bool = True,  # whether to show a bar
-) -> dict[str, Any]:  # kept: fractions by kind and name; batches: seconds and ratios by name
-    "Time the forward passes of a model, whole and with fewer neurons and heads."
-    _check_numbers(rounds, batches, tokens, threads)
-    models = shrunk_models(model) | models_with_fewer_heads(model)
-    found, words = {}, model.config.vocab_size
-    with _threads(threads):
-        for size, passes in batches.items():
-            (batch,) = make_batches(random_rows(size, tokens, words), size)
-            seconds = time_passes(models, batch, rounds, passes, progress)
-            ratios = {name: ratio(seconds, name, "unmasked") for name in seconds}
-            found[str(size)] = {"seconds": seconds, "ratios": ratios}
-    kept = {
-        kind: {name: one.kept for name, one in models.items() if one.kind == kind}
-        for kind in UNIT_SCOPES
-    }
-    return {"kept": kept, "batches": found}
+# %% ../../nbs/study/26_inference.ipynb #inf-threads
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    "Let torch compute with some threads, and with its own number afterwards."
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/study/26_inference.ipynb #inf-checks
 def _check_numbers(rounds, batches, tokens, threads):
@@ -253,16 +239,30 @@ def _check_numbers(rounds, batches, tokens, threads):
         check_number("batches", rows, 1, whole=True)
         check_number("batches", passes, 1, whole=True)
 
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    "Let torch compute with some threads, and with its own number afterwards."
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# %% ../../nbs/study/26_inference.ipynb #inf-measure-model
+def measure_model(
+    model: nn.Module,  # built like BERT, in evaluation mode; stays as it is
+    rounds: int,  # timed rounds for each size of a batch
+    batches: Mapping[int, int] = BATCHES,  # rows a batch: passes in a row that are timed together
+    tokens: int = TOKENS,  # a row
+    threads: int = 2,  # of torch, which gets its own number back
+    progress: bool = True,  # whether to show a bar
+) -> dict[str, Any]:  # kept: fractions by kind and name; batches: seconds and ratios by name
+    "Time the forward passes of a model, whole and with fewer neurons and heads."
+    _check_numbers(rounds, batches, tokens, threads)
+    models = shrunk_models(model) | models_with_fewer_heads(model)
+    found, vocabulary_size = {}, model.config.vocab_size
+    with _threads(threads):
+        for size, passes in batches.items():
+            (batch,) = make_batches(random_rows(size, tokens, vocabulary_size), size)
+            seconds = time_passes(models, batch, rounds, passes, progress)
+            ratios = {name: ratio(seconds, name, "unmasked") for name in seconds}
+            found[str(size)] = {"seconds": seconds, "ratios": ratios}
+    kept = {
+        kind: {name: one.kept for name, one in models.items() if one.kind == kind}
+        for kind in UNIT_SCOPES
+    }
+    return {"kept": kept, "batches": found}
 
 # %% ../../nbs/study/26_inference.ipynb #inf-allowed
 def allowed_seconds(
@@ -270,7 +270,7 @@ def allowed_seconds(
     kept: Mapping[str, float],  # fractions by name, of neurons or of heads
     name: str,  # of a model in `kept`
 ) -> list[float]:  # one a round
-    "How long a pass needs for what is left: the unpruned parts, and its fraction of the rest."
+    "How long a pass would take, if time fell in proportion to what goes."
     least = _least(kept)
     part = (kept[name] - kept[least]) / (1 - kept[least])
     pairs = zip(seconds[least], seconds["unmasked"], strict=True)
@@ -287,7 +287,7 @@ def over_allowed(
     kept: Mapping[str, float],  # fractions by name, of neurons or of heads
     name: str,  # of a model in `kept`
 ) -> dict[str, Any]:  # ratio (median of the rounds; 1.03 is 3 % longer), quartiles, rounds
-    "How much longer a pass takes than what is left of the model needs."
+    "How much longer a pass takes than in proportion to what is left of the model."
     times = {name: seconds[name], "allowed": allowed_seconds(seconds, kept, name)}
     return ratio(times, name, "allowed")
 
@@ -327,8 +327,8 @@ def measure(
         if name not in TIMED:
             raise ValueError(f"models holds {name!r}; allowed are {', '.join(TIMED)}.")
     _check_numbers(rounds, batches, tokens, threads)
-    told = {str(size): passes for size, passes in batches.items()}
-    found = {"tokens": tokens, "threads": threads, "passes": told, "models": {}}
+    in_a_row = {str(size): passes for size, passes in batches.items()}
+    found = {"tokens": tokens, "threads": threads, "passes": in_a_row, "models": {}}
     for name in models:
         model = MODELS[name]().eval()
         timed = measure_model(model, rounds, batches, tokens, threads, progress)
@@ -336,7 +336,7 @@ def measure(
     return found
 
 # %% ../../nbs/study/26_inference.ipynb #inf-rows
-ALLOWED_LIMIT = 1.05  # of a measured time to the allowed one
+ALLOWED_LIMIT = 1.05  # of a measured time to the one in proportion
 BYTES_LIMIT = 2000  # of MiniLM's mask file of neurons
 
 
@@ -353,7 +353,7 @@ def latency_rows(
 
 
 def _pass_rows(label, seconds, kept):
-    "Times compared with the unmasked model's, then with what is allowed."
+    "Times compared with the unmasked model's, then with those in proportion."
     others = [name for name in seconds if name != "unmasked"]
     rows = [{"figure": f"{n} / unmasked", **ratio(seconds, n, "unmasked")} for n in others]
     for fractions in kept.values():
@@ -378,26 +378,26 @@ MODEL_STYLES = {  # name, colour and marker; the colours of treatments are not u
     "llama_1b": ("1 B LLaMA shape", "0.6", "^"),
 }
 
-
-def _latency_title(worst):
-    "What a smaller model takes, from its largest ratio to what is allowed."
-    if worst <= ALLOWED_LIMIT:
-        return "Fewer neurons make a model as fast as the rest allows"
-    return "Fewer neurons make a model faster, but less than is possible"
+# %% ../../nbs/study/26_inference.ipynb #inf-lines
+def _latency_title(over):
+    "How often time falls in proportion, from ratios to the times in proportion."
+    within = sum(one <= ALLOWED_LIMIT for one in over)
+    return f"Time falls in proportion to the neurons in {within} of {len(over)} cases"
 
 
 def _latency_lines(axes, name, one, batch):
-    "Draw the times of a model's passes, and what is allowed; the ratios of all to that."
+    "Draw the times of a model's passes, and those in proportion; the ratios of all to those."
     seconds, kept = one["batches"][batch]["seconds"], one["kept"]["neurons"]
     label, color, marker = MODEL_STYLES[name]
     shown = sorted((kept | {"unmasked": 1.0}).items(), key=lambda item: item[1])
     found = [ratio(seconds, n, "unmasked") for n, _ in shown]
-    places, middle = [100 * part for _, part in shown], [row["ratio"] for row in found]
-    for place, row in zip(places, found, strict=True):
-        axes.plot([place, place], row["quartiles"], color=color)
-    axes.plot(places, middle, marker=marker, lw=1, color=color, label=label)
-    axes.plot(places[:: len(places) - 1], middle[:: len(middle) - 1], ":", color=color)
-    return [over_allowed(seconds, kept, n)["ratio"] for n in kept]
+    percent, middle = [100 * part for _, part in shown], [row["ratio"] for row in found]
+    for x, row in zip(percent, found, strict=True):
+        axes.plot([x, x], row["quartiles"], color=color)
+    axes.plot(percent, middle, marker=marker, lw=1, color=color, label=label)
+    axes.plot(percent[:: len(percent) - 1], middle[:: len(middle) - 1], ":", color=color)
+    smaller = [n for n in kept if n != _least(kept)]  # the line is drawn through the least
+    return [over_allowed(seconds, kept, n)["ratio"] for n in smaller]
 
 # %% ../../nbs/study/26_inference.ipynb #inf-figure
 @rc_context(STYLE)
@@ -419,11 +419,12 @@ def latency_figure(
             over += _latency_lines(axes, name, one, batch)
         axes.set(title=f"{batch} row{'s' * (batch != '1')} a pass", xticks=(0, 50, 100))
         axes.set(xlim=(-5, 105), ylim=(0, 1.1), xlabel="neurons kept, %")
-    panels[0].set_ylabel("time / whole model's")
-    panels[0].plot([], [], ":", color="black", label="what is left allows")
+    panels[0].set_ylabel("time (whole model: 1)")
+    panels[0].plot([], [], ":", color="black", label="in proportion")
     legend_below(figure)
     zeros = [r["ratio"] for r in latency_rows(found) if r["figure"].startswith("masked")]
-    note = f"Rows of {found['tokens']} tokens. Bars: the middle half of the rounds. Neurons that "
+    note = f"In proportion: at most {100 * (ALLOWED_LIMIT - 1):.0f} % above the dotted line. "
+    note += f"Rows of {found['tokens']} tokens. Bars: the middle half of the rounds. Neurons that "
     note += f"are only masked: {range_text(zeros, '{:.2f}')} of the whole model's time."
-    headline(figure, _latency_title(max(over)), note)
+    headline(figure, _latency_title(over), note)
     return figure

@@ -43,7 +43,7 @@ from .recording import describe_mask
 from .records import summary
 from ..targets import describe_weights
 from ..topk import top_k
-from ..train import TrainConfig, fit
+from ..train import TrainConfig, fit, step_count
 
 # %% ../../nbs/study/11_units.ipynb #units-which
 UNIT_SCOPES = {"neurons": "ffn", "heads": "head"}  # what is pruned: the scope of its mask
@@ -104,17 +104,30 @@ def switch_gradients(
 # %% ../../nbs/study/11_units.ipynb #units-size
 @torch.no_grad()
 def unit_sizes(
-    model: nn.Module,  # of transformers
+    model: nn.Module,  # built like BERT: linear layers with biases
     kind: str,  # "neurons" or "heads"
 ) -> dict[str, Tensor]:  # by name of the matrix that reads them: (inputs,)
     "The sum of |w| over what goes with each input of the matrices that read units."
     modules, sizes = dict(model.named_modules()), {}
     for ins, out in blocks(modules, FEED_FORWARDS if kind == "neurons" else ATTENTIONS):
+        _check_linear(modules, (*ins, out))
         parts = [modules[out].weight.abs().sum(0)]
         for name in ins:
             parts += [modules[name].weight.abs().sum(1), modules[name].bias.abs()]
         sizes[f"{out}.weight"] = torch.stack(parts).sum(0)
     return sizes
+
+
+def _check_linear(modules, names):
+    "Refuse layers whose units have no size here."
+    for name in names:
+        layer = modules[name]
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
+            bias = " without a bias" if getattr(layer, "bias", None) is None else ""
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}{bias}; sizes are taken only of nn.Linear with "
+                "biases, as in BERT. Choose the units by units_importance or units_fisher."
+            )
 
 # %% ../../nbs/study/11_units.ipynb #units-scores
 def unit_scores(
@@ -194,11 +207,11 @@ def _training(run, precision):
     return replace(recipe, epochs=1.0, seed=run.seed, precision=precision)
 
 # %% ../../nbs/study/11_units.ipynb #units-choose
-def _choose(run, model, tokenizer, rows, validation, profile, bar):
+def _choose(run, model, tokenizer, rows, validation, profile, progress_options):
     "The mask of a run; its settings and curves where it was trained."
     kind = UNITS[run.variant]["units"]
     if run.method == "units_trained":
-        return _train_units(run, model, tokenizer, rows, validation, profile, bar)
+        return _train_units(run, model, tokenizer, rows, validation, profile, progress_options)
     units = units_of(model, kind)
     if run.method == "units_random":
         return random_units(units, run.keep, run.seed), {}
@@ -206,16 +219,16 @@ def _choose(run, model, tokenizer, rows, validation, profile, bar):
     return unit_mask(unit_scores(run.method, model, tokenizer, seen, kind), units, run.keep), {}
 
 
-def _train_units(run, model, tokenizer, rows, validation, profile, bar):
+def _train_units(run, model, tokenizer, rows, validation, profile, progress_options):
     "Train one score a unit, from the importance of the units on."
     kind, seen = UNITS[run.variant]["units"], first_rows(rows, profile.gradient_rows)
-    steps = round(len(rows) / TrainConfig.recipe("recommended").batch_size)
+    steps = step_count(_training(run, profile.precision), len(rows))
     config, training = unit_settings(run, steps, profile.precision)
     scores = unit_scores("units_importance", model, tokenizer, seen, kind)
     mft = MFT(model, config)
     _begin_with(mft, scores)
-    watched = {"validation": validation, "eval_every": -(-steps // 4)}
-    history = fit(mft, tokenizer, rows, training, label=run.name, **bar, **watched)
+    options = {"label": run.name, "validation": validation, **progress_options}
+    history = fit(mft, tokenizer, rows, training, eval_every=math.ceil(steps / 4), **options)
     mask = mft.bitmask()
     mft.unload()
     settings = config.to_dict() | asdict(training)
@@ -224,9 +237,9 @@ def _train_units(run, model, tokenizer, rows, validation, profile, bar):
 
 @torch.no_grad()
 def _begin_with(mft, scores):
-    "Write scores into a mask, with the size of its own."
-    for parameter, values in zip(mft.scores, scores.values(), strict=True):
-        scaled = values / values.median().clamp(min=1e-12) * mft.config.init_scale
+    "Write scores into a mask by the names of its weights, with the size of its own."
+    for name, parameter in zip(mft.bitmask(), mft.scores, strict=True):
+        scaled = scores[name] / scores[name].median().clamp(min=1e-12) * mft.config.init_scale
         parameter.copy_(scaled.view(parameter.shape))
 
 # %% ../../nbs/study/11_units.ipynb #units-run
@@ -237,18 +250,20 @@ def run_units(
     rows: Dataset,  # training sentences that the method may use
     splits: Mapping[str, Dataset],  # "test" to report on, "held" and "watched" of validation
     profile: Profile,  # of the run: rows for the gradient, precision
-    bar: dict,  # options of `train` for its progress bar: progress, position
+    progress_options: dict,  # of `train`: progress, position
 ) -> tuple[dict, dict, pd.DataFrame]:  # what happened, the settings, the test predictions
     "Prune units, train what is left if the run says so, and evaluate."
     kind, after = UNITS[run.variant]["units"], UNITS[run.variant]["after"]
-    given = (rows, splits["watched"], profile, bar)
-    mask, details = _choose(run, model, tokenizer, *given)
+    mask, details = _choose(
+        run, model, tokenizer, rows, splits["watched"], profile, progress_options
+    )
     settings = details.pop("settings", {})
     AppliedMask(model, mask)
     before = model.num_parameters()
     smaller = shrink(model) if kind == "neurons" and run.keep < 1 else model
     if after:
-        settings |= {"after": _train_after(after, run, smaller, tokenizer, *given)}
+        trained = _train_after(after, run, smaller, tokenizer, rows, profile, progress_options)
+        settings |= {"after": trained}
     predictions = evaluate(smaller, tokenizer, splits["test"])
     on_validation = evaluate(smaller, tokenizer, splits["held"])
     happened = {"test": summary(predictions), "validation": summary(on_validation), **details}
@@ -257,9 +272,9 @@ def run_units(
     return happened, settings, predictions
 
 
-def _train_after(after, run, model, tokenizer, rows, validation, profile, bar):
+def _train_after(after, run, model, tokenizer, rows, profile, progress_options):
     "Train a smaller model in place, in one of the ways that may follow; the settings."
-    options = {"label": run.name, **bar}
+    options = {"label": run.name, **progress_options}
     if after == "mft":
         config = MaskConfig(layers="all", init_seed=run.seed)
         training = _training(run, profile.precision)

@@ -15,12 +15,12 @@ need_extra("study", "mft_nb.study.figures.curve", ("matplotlib",))
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ...stats import points_text
-from ..curve import equivalence, fastest, read_curve
+from ..curve import TIMED_AS, equivalence, fastest, read_curve
 from mft_nb.study.figures.style import (
     COLORS,
     GREY,
@@ -39,7 +39,7 @@ UNIT_COLORS = {
     "units_random": COLORS["random"],
     "units_magnitude": COLORS["magnitude"],
     "units_importance": COLORS["importance"],
-    "units_fisher": COLORS["mft_paper"],
+    "units_fisher": "#E7298A",
     "units_trained": COLORS["mft_recommended"],
 }
 UNIT_MARKERS = dict(zip(UNIT_COLORS, "PvhDo", strict=True))
@@ -51,27 +51,42 @@ def _frozen(points):
     return points[(points.units == "neurons") & (points.after == "")]
 
 # %% ../../../nbs/study/23_curve_figure.ipynb #cfig-draw
+_APART = 0.004  # of the unpruned model's time, between the marks of two methods
+
+
 def _curve_lines(axes, points):
-    "A line a method, from the unpruned model on."
-    for method, color in UNIT_COLORS.items():
-        mine = points[points.method == method].sort_values("time_32", ascending=False)
-        if len(mine):
-            times, drops = [1.0, *mine.time_32], [0.0, *(100 * mine.difference)]
-            style = {"color": color, "marker": UNIT_MARKERS[method], "markevery": slice(1, None)}
-            axes.plot(times, drops, label=UNIT_NAMES[method], **style)
-            spread = [100 * (mine.difference - mine.low), 100 * (mine.high - mine.difference)]
-            axes.errorbar(mine.time_32, 100 * mine.difference, spread, color=color, ls="", lw=1)
+    "A line a method; the marks of one model size lie a little apart."
+    methods = [method for method in UNIT_COLORS if (points.method == method).any()]
+    for number, method in enumerate(methods):
+        mine = points[points.method == method].sort_values("keep")
+        times = mine.time_32 + _APART * (number - (len(methods) - 1) / 2)
+        style = {"color": UNIT_COLORS[method], "marker": UNIT_MARKERS[method]}
+        axes.plot(times, 100 * mine.difference, label=UNIT_NAMES[method], **style)
+        spread = [100 * (mine.difference - mine.low), 100 * (mine.high - mine.difference)]
+        axes.errorbar(times, 100 * mine.difference, spread, color=style["color"], ls="", lw=1)
+
+
+def _sizes_on_top(axes, points):
+    "Say along the top how many neurons the models have."
+    sizes = points.drop_duplicates("keep").dropna(subset="time_32")
+    for time in sizes.time_32:
+        axes.axvline(time, color="0.9", lw=0.8, zorder=0)
+    axes.grid(visible=False, axis="x")
+    top = axes.twiny()
+    top.set(xlim=axes.get_xlim(), xlabel="neurons that stay")
+    top.set_xticks(sizes.time_32, [f"{100 * keep:g} %" for keep in sizes.keep])
+    top.tick_params(length=0)
+    top.grid(visible=False)
 
 
 def _curve_title(points):
-    "How fast the model gets without a loss of half a point, if at all."
+    "Which model is the fastest without a loss of half a point, if any."
     found = fastest(points, MARGIN)
     if found is None:
-        return "No faster model is shown equal within half a point"
-    times = f"{1 / found.time_32:.2f} times as fast"
-    return f"{times} at no loss of half a point: {UNIT_NAMES[found.method]}"
+        return "No model faster in batches of 32 is shown as good"
+    return f"{1 / found.time_32:.2f} times as fast and as good: {UNIT_NAMES[found.method]}"
 
-
+# %% ../../../nbs/study/23_curve_figure.ipynb #cfig-curve
 @rc_context(STYLE)
 def curve_figure(
     folder: Path,  # of the profile units or units_base
@@ -80,75 +95,81 @@ def curve_figure(
     points = _frozen(read_curve(folder))
     if points.empty:
         raise MissingRecords(f"{folder} has no run of the study units.")
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     axes = figure.subplots()
     axes.axhspan(-100 * MARGIN, 100 * MARGIN, color="0.92", lw=0, label="half a point")
     _curve_lines(axes, points)
     lowest = 100 * points[points.method != "units_random"].difference.min()
-    axes.set_ylim(min(-2, 1.15 * lowest), 2)
+    axes.set_ylim(np.nanmin([-2, 1.15 * lowest]), 2)
     axes.set(xlabel="time of a forward pass, 32 sentences (unpruned: 1)")
     axes.set(ylabel="change of accuracy, points")
+    _sizes_on_top(axes, points)
     legend_below(figure)
     seeds = sorted({seed for mine in points.seeds for seed in mine})
-    kept = range_text([100 * keep for keep in points.keep])
-    note = f"{caption_start(folder, seeds)} {kept} % of the neurons stay; weights are frozen. "
-    if 100 * points.difference.min() < axes.get_ylim()[0]:
-        note += "Of random units, one mark lies below. "
-    headline(figure, _curve_title(points), note + "Bars: 90 % intervals over seeds.")
+    note = f"{caption_start(folder, seeds)} Weights are frozen. As good: within half a point. "
+    note += "Bars: 90 % intervals over seeds. Marks of one size lie a little apart. "
+    if below := int((100 * points.difference < axes.get_ylim()[0]).sum()):
+        note += f"Marks of random units below the frame: {below}. "
+    if TIMED_AS[folder.name] == "bert_base":
+        note += "Times are those of BERT-base's shape. "
+    headline(figure, _curve_title(points), note.strip())
     return figure
 
 # %% ../../../nbs/study/23_curve_figure.ipynb #cfig-after
-def _after_rows(points):
-    "Points at half the neurons, and what was done to the unpruned model; in order."
-    pruned = points[(points.units == "neurons") & (points.keep == 0.5)]
-    whole = points[points.method.isin(["none", "continued", "lora"])]
-    return pd.concat([whole, pruned])
-
-
-_WHOLE = {"none": "unpruned", "continued": "unpruned, fine-tuned on", "lora": "unpruned, LoRA"}
 AFTER_MARKERS = {"": "o", "continued": "s", "lora": "^", "mft": "D"}
 
 
+def _after_rows(points):
+    "Points at half the neurons, and what was done to the unpruned model."
+    pruned = points[(points.units == "neurons") & (points.keep == 0.5)]
+    whole = points[points.units == ""]
+    trained = whole.method.where(whole.method != "none", "")
+    return pd.concat([whole.assign(method="none", after=trained), pruned])
+
+
+def _after_title(trained):
+    "What half the neurons cost, from points compared with the unpruned model trained alike."
+    if any(equivalence(one, MARGIN).holds for one in trained.differences if len(one) > 1):
+        return "Fine-tuned alike, half the neurons are as good within half a point"
+    if not (trained.high < 0).all():
+        return "Fine-tuned alike: whether half the neurons cost accuracy is inconclusive"
+    losses = range_text(-100 * trained.difference, "{:.1f}")
+    return f"Fine-tuned alike, half the neurons cost {losses} points"
+
+# %% ../../../nbs/study/23_curve_figure.ipynb #cfig-after-figure
 @rc_context(STYLE)
 def after_figure(
     folder: Path,  # of the profile units or units_base
 ) -> Figure:  # MissingRecords where runs are missing
     "Accuracy with half the neurons, as they are and after a training of the smaller model."
-    points = read_curve(folder)
-    rows = _after_rows(points)
-    if not (rows.after != "").any():
-        raise MissingRecords(f"{folder} has no run that trains a smaller model.")
-    names = _WHOLE | UNIT_NAMES
+    rows = _after_rows(read_curve(folder))
+    if not ((rows.after == "continued") & (rows.units != "")).any():
+        raise MissingRecords(f"{folder} has no run that fine-tunes a model with half the neurons.")
+    alike = _after_rows(read_curve(folder, base="continued"))
+    alike = alike[(alike.after == "continued") & (alike.units != "")]
+    names = {"none": "unpruned"} | UNIT_NAMES
     order = [name for name in names if (rows.method == name).any()]
+    shown = [after for after in AFTER_MARKERS if (rows.after == after).any()]
     figure = Figure(figsize=(WIDTH, 0.42 * len(order) + 1.2), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color=GREY, lw=1, ls=":")
     for row in rows.itertuples():
-        place = order.index(row.method)
         color = UNIT_COLORS.get(row.method, "black")
-        shift = 0.16 * (list(AFTER_MARKERS).index(row.after) - 1.5) if row.units else 0
-        style = {"color": color, "marker": AFTER_MARKERS[row.after]}
-        axes.plot([100 * row.low, 100 * row.high], [place + shift] * 2, color=color, lw=1.2)
-        axes.plot(100 * row.difference, place + shift, **style)
-    for after in [one for one in AFTER_MARKERS if (rows.after == one).any()]:
-        axes.plot([], [], AFTER_MARKERS[after], color="black", label=AFTER_NAMES[after])
+        height = order.index(row.method) + 0.2 * (shown.index(row.after) - (len(shown) - 1) / 2)
+        axes.plot([100 * row.low, 100 * row.high], [height] * 2, color=color, lw=1.2)
+        axes.plot(100 * row.difference, height, color=color, marker=AFTER_MARKERS[row.after])
+    for after in shown:
+        told = AFTER_NAMES[after].removeprefix("then ")
+        axes.plot([], [], AFTER_MARKERS[after], color="black", label=told)
     axes.set_yticks(range(len(order)), [names[name] for name in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set(xlabel="change of accuracy, points")
     legend_below(figure, ncols=1)
     seeds = sorted({seed for mine in rows.seeds for seed in mine})
     note = f"{caption_start(folder, seeds)} Half the neurons of each layer stay. "
-    headline(figure, _after_title(rows), note + "Bars: 90 % intervals over seeds.")
+    note += "The title compares squares with squares. Bars: 90 % intervals over seeds."
+    headline(figure, _after_title(alike), note)
     return figure
-
-
-def _after_title(rows):
-    "Whether a training brings half a model back to within half a point."
-    trained = rows[(rows.units == "neurons") & (rows.after != "")]
-    if any(equivalence(one, MARGIN).holds for one in trained.differences if len(one) > 1):
-        return "Half the neurons, trained on: as good as the whole within half a point"
-    best = trained.loc[trained.difference.idxmax()]
-    return f"Half the neurons, trained on: {points_text(best.difference)} points at best"
 
 # %% ../../../nbs/study/23_curve_figure.ipynb #cfig-names
 CURVES: dict[str, Callable[[Path], Figure]] = {"curve": curve_figure, "after": after_figure}
