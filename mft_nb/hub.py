@@ -63,7 +63,7 @@ def _fetch(repo_id, options):
 
     try:
         path = Path(hf_hub_download(repo_id, MASK_FILE, **options))
-    except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
+    except (EntryNotFoundError, HTTPError, OSError, RuntimeError, ValueError) as error:
         kind, message = _why(repo_id, options["revision"], error)
         raise kind(message) from error
     options = options | {"revision": path.parent.name}  # its commit

@@ -8,11 +8,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from mft_nb.mask import MFT
 from mft_nb.peft import MftConfig, adapter_to_mask
 from tests.models import copied_state, tiny_llama
+
+pytest.importorskip("trl", reason="TRL comes with the extra `dev`")
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
