@@ -493,10 +493,10 @@ PUBLISHED["units_base"] = (
     Part(
         "units",
         (0, 1, 2),
-        ("units_importance", "units_trained", "units_random"),
+        ("units_importance",),
         variants=("neurons",),
         keeps=(0.75, 0.5, 0.25),
-        covers="three choices, third machine",
+        covers="importance, third machine",
     ),
 )
 
