@@ -34,9 +34,9 @@ install: .venv/.installed ## set up .venv with pinned versions
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-parts: install ## fetch the embedded model and sentences into the cache (86 MB, once)
-	@echo "embedded model and sentences: fetched once, then read from the cache"
-	@$(BIN)/python -c "from mft_nb.study.datasets import read_snippets; from mft_nb.model import fetch_model; read_snippets(); fetch_model('minilm')"
+parts: install ## fetch two models and the sentences into the cache (180 MB, once)
+	@echo "two models and the sentences: fetched once, then read from the cache"
+	@$(BIN)/python -c "from mft_nb.study.datasets import read_snippets; from mft_nb.model import fetch_model; read_snippets(); fetch_model('minilm'); fetch_model('smollm2')"
 
 reproduce: install ## run the experiment, print its table, draw its figures
 	$(BIN)/mft_reproduce --profile $(PROFILE) --seeds $(SEEDS) --out "$(OUT)" --jobs $(JOBS) --studies "$(STUDIES)" --shard "$(SHARD)" --engine $(ENGINE) --precision "$(PRECISION)" $(if $(DATA),--data "$(DATA)")

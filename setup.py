@@ -11,14 +11,15 @@ parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
 own = {
     name: settings[f"{name}_requirements"].split()
-    for name in ("train", "study", "peft", "ray", "dev")
+    for name in ("train", "study", "peft", "lm", "ray", "dev")
 }
 extras = {
     "train": own["train"],
     "study": own["train"] + own["study"],
     "peft": own["peft"],
+    "lm": own["train"] + own["lm"],
     "ray": own["train"] + own["ray"],
-    "dev": own["train"] + own["study"] + own["dev"],
+    "dev": own["train"] + own["study"] + own["lm"] + own["dev"],
 }
 
 setup(

