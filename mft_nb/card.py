@@ -26,7 +26,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import SavedMask, load_mask, mask_sha256
+from .metrics import METRICS, Comparison
+from .model import HEADS
 from .stats import PairedTest, mcnemar_exact, p_text, wilson
+from .tasks import TASKS
 
 # %% ../nbs/30_card.ipynb #97215aaf
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def _accuracy_row(label, correct, total):
 
 
 def _result_table(result):
-    "Accuracy with its interval, before and after."
+    "The metric with its interval, before and after."
+    if isinstance(result, Comparison):
+        name = METRICS[result.metric].name
+        head = f"| | {name} |\n|---|---|"
+        return f"{head}\n| without the mask | {result.before} |\n| with the mask | {result.after} |"
     rows = ["| | right | accuracy %, 95 % interval |", "|---|---|---|"]
     if result.before is not None:
         rows.append(_accuracy_row("without the mask", result.before, result.total))
@@ -87,6 +94,8 @@ def _result_table(result):
 # %% ../nbs/30_card.ipynb #difference-code
 def _difference_text(result):
     "What can be said about the difference."
+    if isinstance(result, Comparison):
+        return f"The difference is {result.paired}."
     if result.before is None:
         return "The base model was not measured, so whether the mask helps or hurts is not known."
     points = 100 * (result.after - result.before) / result.total
@@ -104,16 +113,18 @@ def _difference_text(result):
 # %% ../nbs/30_card.ipynb #0b174e64
 def _front_matter(*, repo_id, base_model, data, split, dataset, result, license, language, task):
     "What the hub reads."
-    over = wilson(result.after, result.total)
-    ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
+    metric, over = _measured_by(result)
+    ends = f"{over.low:.3f} to {over.high:.3f}"
+    if metric.unit:
+        ends = f"{100 * over.low:.2f} to {100 * over.high:.2f} %"
     evaluation = EvalResult(
         task_type=task,
         dataset_type=dataset or data,
         dataset_name=data,
         dataset_split=split,
-        metric_type="accuracy",
+        metric_type=metric.hub,
         metric_value=round(over.estimate, 6),
-        metric_name=f"accuracy (95 % interval {ends}, n = {over.n})",
+        metric_name=f"{metric.name} (95 % interval {ends}, n = {over.n})",
     )
     return ModelCardData(
         base_model=base_model,
@@ -123,11 +134,18 @@ def _front_matter(*, repo_id, base_model, data, split, dataset, result, license,
         language=language,
         library_name="mft_nb",
         license=license,
-        metrics=["accuracy"],
+        metrics=[metric.hub],
         model_name=repo_id.partition("/")[2],
         pipeline_tag=task,
         tags=["mask-fine-tuning"],
     )
+
+
+def _measured_by(result):
+    "The metric of a result, and its interval with the mask."
+    if isinstance(result, Comparison):
+        return METRICS[result.metric], result.after
+    return METRICS["accuracy"], wilson(result.after, result.total)
 
 # %% ../nbs/30_card.ipynb #ca5f0569
 _USE = """\
@@ -267,10 +285,15 @@ def _mask_file(mask):
     return Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
 
 
-def _check_measured(saved: SavedMask, result: MaskResult):
+def _check_measured(saved: SavedMask, result: MaskResult | Comparison):
     "Refuse a record's result that another mask gave."
+    if isinstance(result, Comparison):
+        return
     if not isinstance(result, MaskResult):
-        raise TypeError(f"result is {result!r}; allowed is a MaskResult. See paired_result.")
+        raise TypeError(
+            f"result is {result!r}; allowed is a MaskResult or a Comparison. See paired_result and "
+            "compare_all."
+        )
     if result.mask_sha256 and result.mask_sha256 != mask_sha256(saved.mask):
         raise ValueError(
             "result is the record of another mask than this file holds. Give the record that was "
@@ -283,15 +306,17 @@ def mask_card(
     repo_id: str,  # owner/name on the hub that the mask will have
     base_model: str,  # owner/name on the hub of the model that the mask is for
     data: str,  # name of the data that the mask was measured on
-    result: MaskResult,  # from `paired_result`, `record_result`, or counts
+    result: MaskResult | Comparison,  # from `compare_all`, `paired_result`, or counts
     license: str,  # the mask's license as the hub writes it, such as "apache-2.0"
     split: str = "test",  # part of the data that was measured
     dataset: str | None = None,  # owner/name of the data on the hub, if it is there
     language: str = "en",  # of the sentences, as a two-letter code
-    task: str = "text-classification",  # as the hub names it
-    auto_class: str = "AutoModelForSequenceClassification",  # of transformers, loads the base model
+    task: str | None = None,  # as the hub names it; None: that of the result
+    auto_class: str | None = None,  # of transformers, loads the base model; None: as the task wants
 ) -> ModelCard:  # `str(card)` is the README.md; `card.data` its front matter
     "The model card of a mask; ValueError where it would say something untrue."
+    kind = TASKS[result.task if isinstance(result, Comparison) else "classification"]
+    task, auto_class = task or kind.hub, auto_class or HEADS[kind.head][0]
     _check_repo("repo_id", repo_id)
     _check_repo("base_model", base_model)
     if dataset is not None:

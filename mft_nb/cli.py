@@ -75,37 +75,62 @@ def _asked_training(recipe, **options):
     return replace(TrainConfig.recipe(recipe), **given)
 
 # %% ../nbs/31_cli.ipynb #3e653e69
-def _split(data, validation, seed):
-    "Training and validation rows from one or two tables."
-    from datasets import Dataset
+def _asked_tables(model, data, validation, split, subset, columns):
+    "One table or two, checked, each with its name; and the task that is learned from them."
+    from mft_nb.data import read_rows
+    from mft_nb.model import load_config
+    from mft_nb.tasks import find_task
 
-    from mft_nb.data import read_table
+    first, comma, second = (split or "").partition(",")
+    sources = [(data, first)]
+    if validation or comma:
+        sources.append((validation or data, second))
+    config = load_config(model)
+    tables, task = [], None
+    for source, part in sources:
+        rows = read_rows(source, part.strip() or None, subset)
+        if task is None:
+            task = find_task(config, rows, **columns, what=source)
+        else:
+            find_task(config, rows, task, what=source)
+        tables.append((source, task.checked(rows, config, source)))
+    return tables, task.of_checked
 
-    rows = read_table(data)
-    if validation:
-        return Dataset.from_pandas(rows), Dataset.from_pandas(read_table(validation))
-    if len(rows) < 10:
+
+def _check_tokens(model, tokenizer, tables, task, max_length):
+    "Refuse rows whose tokens do not fit the model."
+    from mft_nb.evaluate import check_fits
+
+    for source, rows in tables:
+        check_fits(model, task.tokens(rows, tokenizer, max_length, source))
+
+
+def _held_out(tables, seed):
+    "Rows to learn from and rows to measure on."
+    (source, rows), *more = tables
+    if more:
+        source, held = more[0]
+    elif len(rows) < 11:
         raise ValueError(
-            f"{data} has {len(rows)} rows; a tenth is held out, so give at least 10, or "
+            f"{source} has {len(rows)} rows; a tenth is held out, so give at least 11, or "
             "--validation."
         )
-    parts = Dataset.from_pandas(rows).train_test_split(test_size=0.1, seed=seed)
-    return parts["train"], parts["test"]
+    else:
+        rows, held = rows.train_test_split(test_size=0.1, seed=seed).values()
+    if len(held) < 2:
+        raise ValueError(f"{source} has 1 row to measure on; give at least 2.")
+    return rows, held
 
 # %% ../nbs/31_cli.ipynb #describe-code
 def _describe(
-    before,  # logits (rows, 2) of the model without mask
-    after,  # logits (rows, 2) with it
-    labels,  # (rows,) of 0 or 1
-) -> str:  # two lines
-    "Accuracy with its interval, before and after, and the paired difference."
-    from mft_nb.stats import mcnemar_exact, wilson
+    before,  # counts by metric of the model without mask, from `evaluate`
+    after,  # with it
+    task,  # a name in TASKS
+) -> str:  # four lines a metric
+    "Each metric with its interval, before and after, and the paired test."
+    from mft_nb.evaluate import compare_all
 
-    right_before = before.argmax(axis=1) == labels
-    right_after = after.argmax(axis=1) == labels
-    first = wilson(int(right_before.sum()), len(labels))
-    second = wilson(int(right_after.sum()), len(labels))
-    return f"before: {first}\nafter:  {second}\npaired: {mcnemar_exact(right_before, right_after)}"
+    return "\n".join(map(str, compare_all(before, after, task)))
 
 # %% ../nbs/31_cli.ipynb #1b0cadb1
 def plain_errors(
@@ -214,7 +239,7 @@ def _fit_and_save(mft, tokenizer, rows, settings, out, **options):
     "Train the scores, write mask and history to a folder, and return the mask's path."
     from mft_nb.train import fit
 
-    options |= {"folder": out / _UNFINISHED, "save_every": 100, "label": "fit"}
+    options |= {"folder": out / _UNFINISHED, "save_every": 100, "desc": "fit"}
     history = fit(mft, tokenizer, rows, settings, **options)
     path = mft.save_pretrained(out)
     write_whole(out / "history.json", json.dumps(asdict(history)))
@@ -232,10 +257,16 @@ def _warn_of_old_card(card):
 @call_parse
 @plain_errors(stopped=_STOPPED)
 def mft_fit(
-    model: str,  # folder (or hub id) of a fine-tuned two-class classifier
-    data: str,  # .csv or .tsv with the columns sentence, label
+    model: str,  # folder (or hub id) of a fine-tuned model
+    data: str,  # .csv, .tsv, .jsonl, .parquet, a folder of datasets, or a hub id
     out: str,  # folder for the mask file
     validation: str = None,  # such a table to measure on (default: a tenth of the rows, held out)
+    task: str = None,  # a name in mft_nb.tasks.TASKS (default: told from model and data)
+    text: str = None,  # column with the text, words or prompt (default: sentence, or text)
+    text_pair: str = None,  # column with a second text
+    label: str = None,  # column with the label or answer (default: label; causal-lm: none)
+    split: str = None,  # of data that has several; "train,test": learn on one, measure on one
+    subset: str = None,  # of a hub id that has several
     recipe: str = "recommended",  # recommended, bert_mft or paper
     keep: float = 0.9,  # fraction of the weights that stay
     layers: str = "middle",  # middle, all, or numbers such as 4-7
@@ -251,13 +282,13 @@ def mft_fit(
     resume: bool = False,  # go on with the unfinished run in out; refused where there is none
     quiet: bool = False,  # show no progress bar
 ):
-    "Learn which weights of a classifier to switch off, and save the mask."
+    "Learn which weights of a model to switch off, and save the mask."
     need_extra("train", "mft_fit")
     from transformers.utils.logging import disable_progress_bar
 
+    from mft_nb.evaluate import evaluate
     from mft_nb.mask import MFT
-    from mft_nb.model import load_classifier
-    from mft_nb.train import predict
+    from mft_nb.model import load_model
 
     numbers = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     settings = _asked_training(recipe, **numbers, max_length=max_length, seed=seed)
@@ -266,19 +297,21 @@ def mft_fit(
         _check_resume(Path(out), settings, config)
     _check_out(Path(out), overwrite)
     _check_source(model)
-    train_rows, held = _split(data, validation, seed)
+    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
+    tables, task = _asked_tables(model, data, validation, split, subset, columns)
+    train_rows, held = _held_out(tables, seed)
     if quiet:
         disable_progress_bar()  # also that of loading weights
-    classifier, tokenizer = load_classifier(model, need_head=True)
-    mft = MFT(classifier, config)  # settings that do not fit the model are refused here
+    base, tokenizer = load_model(model)
+    mft = MFT(base, config)  # settings that do not fit the model are refused here
     mft.print_trainable_parameters()
-    before = predict(mft.unload(), tokenizer, held, max_length=max_length)
-    mft = MFT(classifier, config)
-    options = {"kept": keep_activations, "progress": not quiet}
+    _check_tokens(base, tokenizer, tables, task, max_length)
+    before = evaluate(mft.unload(), tokenizer, held, task, max_length)
+    mft = MFT(base, config)
+    options = {"task": task, "kept": keep_activations, "progress": not quiet}
     path = _fit_and_save(mft, tokenizer, train_rows, settings, Path(out), **options)
-    after = predict(mft.model, tokenizer, held, max_length=max_length)
-    print(f"{len(held)} held-out sentences, {len(train_rows)} trained on")
-    print(_describe(before, after, held.with_format("numpy")["label"][:]))
+    print(f"{task.name}: {len(held)} held-out rows, {len(train_rows)} trained on")
+    print(_describe(before, evaluate(mft.model, tokenizer, held, task, max_length), task.name))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
 
 # %% ../nbs/31_cli.ipynb #apply-parts
@@ -290,14 +323,28 @@ def _check_new_folder(out):
         raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
 
 
-def _measure(mft, tokenizer, rows):
-    "Print the accuracy without and with a mask, and take the mask off."
-    from mft_nb.train import predict
+def _measure(mft, tokenizer, tables, task):
+    "Print the metrics without and with a mask, and take the mask off."
+    from mft_nb.evaluate import evaluate
 
     length = mft.trained_with.get("max_length", 128)
-    after = predict(mft.model, tokenizer, rows, max_length=length)
-    before = predict(mft.unload(), tokenizer, rows, max_length=length)
-    print(_describe(before, after, rows.with_format("numpy")["label"][:]))
+    _check_tokens(mft.model, tokenizer, tables, task, length)
+    (_, rows), = tables
+    after = evaluate(mft.model, tokenizer, rows, task, length)
+    before = evaluate(mft.unload(), tokenizer, rows, task, length)
+    print(_describe(before, after, task.name))
+
+
+def _asked_rows(model, data, split, subset, columns):
+    "The one table to measure on, checked, with its name, and the task; nothing without data."
+    if not data:
+        return [], None
+    if "," in (split or ""):
+        raise ValueError(f"split is {split!r}; allowed is one name here. Name one split.")
+    tables, task = _asked_tables(model, data, None, split, subset, columns)
+    if len(tables[0][1]) < 2:
+        raise ValueError(f"{data} has 1 row to measure on; give at least 2.")
+    return tables, task
 
 # %% ../nbs/31_cli.ipynb #shrink-parts
 def _check_prunes_units(mask, path):
@@ -323,20 +370,23 @@ def _shrunk(mft):
 @call_parse
 @plain_errors(stopped="No masked model was written.")
 def mft_apply(
-    model: str,  # folder of the classifier that the mask was made for
+    model: str,  # folder of the model that the mask was made for
     mask: str,  # folder or file that mft_fit wrote
     out: str = None,  # folder for the masked or smaller model (new or empty)
-    data: str = None,  # .csv or .tsv with sentence, label: measure before and after
+    data: str = None,  # table, as for mft_fit: measure before and after
+    task: str = None,  # as for mft_fit, and so are the next five
+    text: str = None,  # column with the text, words or prompt
+    text_pair: str = None,  # column with a second text
+    label: str = None,  # column with the label or answer
+    split: str = None,  # of data that has several
+    subset: str = None,  # of a hub id that has several
     shrink: bool = False,  # write the model without the neurons and heads that the mask prunes
 ):
     "Put a saved mask on its model: write the masked or a smaller model, measure it, or both."
     need_extra("train", "mft_apply")
-    from datasets import Dataset
-
-    from mft_nb.data import read_table
     from mft_nb.mask import MASK_FILE, MFT
     from mft_nb.mask_file import load_mask
-    from mft_nb.model import load_classifier
+    from mft_nb.model import load_model
 
     if shrink and not out:
         raise ValueError("shrink is given, but out is not; name a folder for the smaller model.")
@@ -351,14 +401,15 @@ def mft_apply(
     saved = load_mask(path)
     if shrink:
         _check_prunes_units(saved.mask, path)
-    rows = Dataset.from_pandas(read_table(data)) if data else None
-    classifier, tokenizer = load_classifier(model, need_head=True)
-    mft = MFT.from_pretrained(classifier, path)
+    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
+    tables, task = _asked_rows(model, data, split, subset, columns)
+    base, tokenizer = load_model(model)
+    mft = MFT.from_pretrained(base, path)
     print(mft.bitmask())
     smaller = _shrunk(mft) if shrink else None
-    if rows is not None:
-        _measure(mft, tokenizer, rows)  # takes the mask off
-        mft = MFT.from_pretrained(classifier, path)
+    if tables:
+        _measure(mft, tokenizer, tables, task)  # takes the mask off
+        mft = MFT.from_pretrained(base, path)
     if out:
         made, kind = (smaller, "smaller") if shrink else (mft.merge_and_unload(), "masked")
         _save_model(made, tokenizer, Path(out))

@@ -36,7 +36,7 @@ class Interval:
     high: float  # upper end, a fraction, not below `low`
     n: int  # how many examples, or seeds, the estimate rests on
     level: float = 0.95  # how often such intervals hold the truth, between 0 and 1
-    unit: str = "%"  # "%" for an accuracy, "points" for a difference of two accuracies
+    unit: str = "%"  # "%" for an accuracy, "points" for a difference of two; "": a plain number
 
     def __post_init__(self):
         low, _, high = _check_vector("(low, estimate, high)", [self.low, self.estimate, self.high])
@@ -44,13 +44,15 @@ class Interval:
             raise ValueError(f"low is {low} and high is {high}: low must not be above; swap them")
         _check_count("n", self.n, at_least=1)
         _check_inside("level", self.level)
-        if self.unit not in ("%", "points"):
-            raise ValueError(f"unit is {self.unit!r}: allowed are '%' and 'points'; choose one")
+        if self.unit not in ("%", "points", ""):
+            raise ValueError(f"unit is {self.unit!r}: allowed are '%', 'points' and ''; choose one")
 
     def __str__(self):
         sign = "+" if self.unit == "points" else ""
-        estimate, low, high = (f"{100 * x:{sign}.2f}" for x in (self.estimate, self.low, self.high))
-        head = f"{estimate} {self.unit} [{low}, {high}]"
+        form, factor = (f"{sign}.2f", 100) if self.unit else (".3f", 1)
+        ends = (self.estimate, self.low, self.high)
+        estimate, low, high = (f"{factor * x:{form}}" for x in ends)
+        head = f"{estimate} {self.unit}".rstrip() + f" [{low}, {high}]"
         return f"{head}, {100 * self.level:g} % interval, n = {self.n}"
 
 # %% ../nbs/22_stats.ipynb #2c35042b

@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     load_snippets()["train"].select(range(64)).to_csv(folder / "rows.csv", index=False)
     (folder / "empty.csv").write_text("")
     (folder / "header.csv").write_text("sentence,label\n")
-    (folder / "column.csv").write_text("text,label\ngood,1\n")
+    (folder / "column.csv").write_text("film,label\ngood,1\n")
     (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
     (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (folder / "commas.csv").write_text("sentence,label\ngood, really,1\nbad, bad,0\n")
@@ -71,15 +71,15 @@ BAD_FITS = [
     ({"data": "{files}/none.csv"}, "No file"),
     ({"data": "{files}/empty.csv"}, "cannot be read"),
     ({"data": "{files}/header.csv"}, "no rows"),
-    ({"data": "{files}/column.csv"}, "no column 'sentence'; its columns are ['text', 'label']"),
-    ({"data": "{files}/labels.csv"}, "row 1 has label 'yes'; allowed are 0 (negative) and 1"),
-    ({"data": "{files}/few.csv"}, "give at least 10"),
+    ({"data": "{files}/column.csv"}, "no column 'sentence' or 'text'; its columns are ['film'"),
+    ({"data": "{files}/labels.csv"}, "has the label 'yes' in row 1; allowed is LABEL_0, LABEL_1"),
+    ({"data": "{files}/few.csv"}, "give at least 11"),
     ({"validation": "{files}/none.csv"}, "No file"),
     ({"model": "./no/model"}, "No folder ./no/model"),
     ({"model": "{files}/damaged"}, "No model could be loaded"),
-    ({"model": "minilm"}, "minilm has no two-class classifier head"),
+    ({"model": "minilm"}, "minilm has no head for a task: its architecture is BertModel"),
     ({"model": "{files}/half"}, "No model could be loaded"),
-    ({"model": "{files}/three"}, "tells 3 classes apart"),
+    ({"model": "{files}/three", "data": "{files}/labels.csv"}, "LABEL_1, LABEL_2"),
     ({"model": "{files}/mute"}, "holds no tokenizer"),
     ({"data": "{files}/commas.csv"}, "more fields than the header"),
     ({"keep": 0.0}, "keep is 0.0; allowed is above 0 and at most 1"),
@@ -122,7 +122,7 @@ def test_fit_without_hub(files, tmp_path, capsys, monkeypatch):
 
 
 def test_a_name_that_no_hub_has_is_refused_before_the_loader(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mft_nb.model.load_classifier", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr("mft_nb.model.load_config", lambda *_: pytest.fail("was loaded"))
     for name in ("no/such/folder", "gone/", "my model"):
         options = {"model": name, "data": str(files / "rows.csv"), "out": str(tmp_path / "out")}
         status, said = call_here("mft_fit", capsys, **options)

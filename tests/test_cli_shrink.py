@@ -87,14 +87,14 @@ REFUSED_BEFORE_MEASURING = [
 
 @pytest.mark.parametrize("settings, expected", REFUSED_BEFORE_LOADING, ids=str)
 def test_refused_before_the_model_is_loaded(settings, expected, apply, tmp_path, monkeypatch):
-    monkeypatch.setattr("mft_nb.model.load_classifier", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr("mft_nb.model.load_model", lambda *_, **__: pytest.fail("was loaded"))
     check_refusal(*apply(**settings), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
 
 
 @pytest.mark.parametrize("settings, expected", REFUSED_BEFORE_MEASURING, ids=str)
 def test_refused_before_anything_is_measured(settings, expected, apply, tmp_path, monkeypatch):
-    monkeypatch.setattr("mft_nb.train.predict", lambda *_, **__: pytest.fail("was measured"))
+    monkeypatch.setattr("mft_nb.evaluate.evaluate", lambda *_, **__: pytest.fail("was measured"))
     check_refusal(*apply(**settings), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
 

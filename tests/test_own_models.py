@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import AutoTokenizer, GPT2Config, GPT2Model, Trainer
 
 from mft_nb.bitmask import random_mask
 from mft_nb.mask import MASK_FILE, MFT, MaskConfig
@@ -81,7 +81,7 @@ def test_more_tokens_are_read_when_asked_for(tokenizer):
         (
             lambda rows: Dataset.from_dict({"sentence": ["a", None], "label": [0, 1]}),
             ValueError,
-            "the sentence None in row 2; allowed is text",
+            "(the sentence None|no sentence) in row 2",
         ),
     ],
 )
@@ -98,9 +98,9 @@ def test_a_model_that_the_rows_do_not_fit_is_refused(tokenizer, rows):
     with pytest.raises(ValueError, match="places for 8. Give max_length=8 or less"):
         predict(bert(max_position_embeddings=8), tokenizer, rows)
     assert predict(bert(max_position_embeddings=8), tokenizer, rows, max_length=8).shape == (24, 2)
-    language = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2))
-    with pytest.raises(TypeError, match="model is a GPT2LMHeadModel; .*loop of your own"):
-        fit(MFT(language), tokenizer, rows, progress=False)
+    headless = GPT2Model(GPT2Config(n_embd=16, n_layer=3, n_head=2))
+    with pytest.raises(TypeError, match="model is a GPT2Model; .*loop of your own"):
+        fit(MFT(headless), tokenizer, rows, progress=False)
 
 
 class Weighted(Trainer):

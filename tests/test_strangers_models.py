@@ -131,10 +131,9 @@ SHORT = TrainConfig(max_steps=3, batch_size=8, learning_rate=0.1, max_length=8)
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"num_labels": 1}, "has one output, as for regression"),
-        ({"num_labels": 3}, "tells 3 classes"),
-        ({"problem_type": "regression"}, "problem_type .*is 'regression'"),
-        ({"problem_type": "multi_label_classification"}, "problem_type .*is 'multi_label"),
+        ({"num_labels": 3, "problem_type": "regression"}, "num_labels is 3; allowed is 1"),
+        ({"problem_type": "regression"}, "num_labels is 2; allowed is 1"),
+        ({"problem_type": "multi_label_classification"}, "allowed is a list of 2 zeros and ones"),
     ],
     ids=str,
 )
@@ -151,7 +150,7 @@ def test_other_outputs_are_refused_before_any_work(more, said, tokenizer):
 @pytest.mark.parametrize("label", [float, lambda one: one + 1, lambda one: "ab"[one]])
 def test_other_labels_are_refused(label, tokenizer):
     mft = MFT(bert(), config())
-    with pytest.raises(ValueError, match="has the label .*; allowed are 0 and 1"):
+    with pytest.raises(ValueError, match="has the label .*; allowed is LABEL_0, LABEL_1, or"):
         fit(mft, tokenizer, rows(label), SHORT, progress=False)
 
 

@@ -199,6 +199,6 @@ def _fine_tune(source, rows, validation, config, folder, evaluated_every, option
     if not (folder / "baseline").exists():
         write("baseline", evaluate(), 0)
     taker = _TakeCheckpoints(folder, evaluate, write, *evaluated_every)
-    options |= {"folder": folder / "unfinished", "callbacks": (taker,), "label": "fine-tune"}
+    options |= {"folder": folder / "unfinished", "callbacks": (taker,), "desc": "fine-tune"}
     history = train(model, tokenizer, rows, config, **options)
     _finish(folder, history, taker.seen, config)

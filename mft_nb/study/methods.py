@@ -94,7 +94,7 @@ def _changes(run, profile):
 def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train scores by a recipe; the mask, its settings and its curves."
     config, training = mask_settings(run, profile)
-    options = {"label": run.name, **bar} | _watched(training, train_rows, validation)
+    options = {"desc": run.name, **bar} | _watched(training, train_rows, validation)
     mft = MFT(model, config)
     history = fit(mft, tokenizer, train_rows, training, **options)
     mask = mft.bitmask()
@@ -112,7 +112,7 @@ def _watched(config, train_rows, validation):
 def _train_control(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train something else than a mask; its settings and its curves."
     config = control_config(run.method, seed=run.seed, **_changes(run, profile))
-    options = {"label": run.name, **bar} | _watched(config, train_rows, validation)
+    options = {"desc": run.name, **bar} | _watched(config, train_rows, validation)
     history = train_control(model, tokenizer, train_rows, run.method, config, **options)
     return None, {"settings": asdict(config), "curves": asdict(history)}
 

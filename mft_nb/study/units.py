@@ -227,7 +227,7 @@ def _train_units(run, model, tokenizer, rows, validation, profile, progress_opti
     scores = unit_scores("units_importance", model, tokenizer, seen, kind)
     mft = MFT(model, config)
     _begin_with(mft, scores)
-    options = {"label": run.name, "validation": validation, **progress_options}
+    options = {"desc": run.name, "validation": validation, **progress_options}
     history = fit(mft, tokenizer, rows, training, eval_every=math.ceil(steps / 4), **options)
     mask = mft.bitmask()
     mft.unload()
@@ -274,7 +274,7 @@ def run_units(
 
 def _train_after(after, run, model, tokenizer, rows, profile, progress_options):
     "Train a smaller model in place, in one of the ways that may follow; the settings."
-    options = {"label": run.name, **progress_options}
+    options = {"desc": run.name, **progress_options}
     if after == "mft":
         config = MaskConfig(layers="all", init_seed=run.seed)
         training = _training(run, profile.precision)
