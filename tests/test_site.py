@@ -29,7 +29,7 @@ KINDS = (  # of pages: front page, names, a finding, mathematics, a tutorial, a 
     "index.html",
     "15_config.html",
     "findings/controls.html",
-    "22_stats.html",
+    "25_stats.html",
     "tutorials/your_model.html",
     "glossary.html",
     "study/20_study_figures.html",
@@ -228,7 +228,7 @@ def test_a_function_and_a_method_have_a_table_of_parameters(pages):
     cells = [[cell.get_text() for cell in row.find_all("td")] for row in rows]
     assert cells[2] == ["low", "float", "", "lowest allowed value"]
     assert cells[4] == ["whole", "bool", "False", "whether only whole numbers are allowed"]
-    method = table_after("19_mask.html", "mft.save_pretrained")
+    method = table_after("22_mask.html", "mft.save_pretrained")
     assert method.tbody.tr.td.get_text() == "folder"
 
 
@@ -288,7 +288,7 @@ def test_search_finds_a_name_and_leads_to_it(root, visit):
     wanted = page.locator(".site-search-results a:first-child", has_text="MFT.save_pretrained")
     wanted.wait_for()
     page.keyboard.press("Enter")
-    page.wait_for_url("**/19_mask.html#mft.save_pretrained")
+    page.wait_for_url("**/22_mask.html#mft.save_pretrained")
     page.locator(".site-search input").fill("no such word anywhere")
     page.locator(".found-nothing", has_text="Nothing found").wait_for()
 
@@ -342,7 +342,7 @@ def test_a_table_that_scrolls_says_so_and_the_keyboard_reaches_it(visit, site):
 
 
 def test_mathematics_needs_no_network(visit, site):
-    page = visit(f"{site.as_uri()}/22_stats.html")
+    page = visit(f"{site.as_uri()}/25_stats.html")
     formulas = page.locator(".math").count()
     assert formulas > 20
     page.locator(".math .katex").nth(formulas - 1).wait_for(state="attached")
