@@ -495,7 +495,7 @@ PUBLISHED["units_base"] = (
         (0, 1, 2),
         ("units_importance",),
         variants=("neurons",),
-        keeps=(0.75, 0.5, 0.25),
+        keeps=(0.75, 0.5),
         covers="importance, third machine",
     ),
 )
