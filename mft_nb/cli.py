@@ -91,10 +91,19 @@ def _asked_tables(model, data, validation, split, subset, columns):
         rows = read_rows(source, part.strip() or None, subset)
         if task is None:
             task = find_task(config, rows, **columns, what=source)
+            print(_columns_read(source, rows.column_names, task))
         else:
             find_task(config, rows, task, what=source)
         tables.append((source, task.checked(rows, config, source)))
     return tables, task.of_checked
+
+
+def _columns_read(source, names, task):
+    "Which columns of a table are read, and which are not."
+    read = list(filter(None, (task.text, task.text_pair)))
+    label = f" -> {task.label}" if task.label else ""
+    left = ", ".join(name for name in names if name not in (*read, task.label))
+    return f"{source}: reads {' + '.join(read)}{label}" + (f"; not read: {left}" if left else "")
 
 
 def _check_tokens(model, tokenizer, tables, task, max_length):
@@ -119,7 +128,21 @@ def _held_out(tables, seed):
         rows, held = rows.train_test_split(test_size=0.1, seed=seed).values()
     if len(held) < 2:
         raise ValueError(f"{source} has 1 row to measure on; give at least 2.")
+    if count := _both(rows, held):
+        print(
+            f"{count} of the {len(held)} rows to measure on are among those to learn from, so they "
+            "say nothing of new rows. Give --validation other rows."
+        )
     return rows, held
+
+
+def _both(rows, held):
+    "How many of the rows to measure on are among those to learn from."
+    names = [name for name in held.column_names if name in ("sentence", "pair")]
+    texts = [zip(*(part[name] for name in names), strict=True) for part in (rows, held)]
+    known, asked = (list(map(str, part)) for part in texts)
+    seen = set(known)
+    return sum(one in seen for one in asked)
 
 # %% ../nbs/38_cli.ipynb #describe-code
 def _describe(
@@ -185,9 +208,12 @@ def _raised_at(error):
 _UNFINISHED = "unfinished"  # the folder in out with the checkpoints of a run
 
 
-def _check_out(folder, overwrite):
-    "Refuse a folder that holds a mask, unless it may be replaced."
+def _check_out(folder, overwrite, model=""):
+    "Refuse a folder that holds a mask, unless it may be replaced, and that of the model."
     from mft_nb.mask import MASK_FILE
+
+    if model and folder.resolve() == Path(model).resolve():
+        raise ValueError(f"out is {folder}, the folder of the model. Name another folder.")
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out is {folder}, which is a file. Name a folder.")
@@ -295,7 +321,7 @@ def mft_fit(
     config = _asked_mask(recipe, keep, layers, target_modules, scope, seed)
     if resume:
         _check_resume(Path(out), settings, config)
-    _check_out(Path(out), overwrite)
+    _check_out(Path(out), overwrite, model)
     _check_source(model)
     columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
     tables, task = _asked_tables(model, data, validation, split, subset, columns)
@@ -354,8 +380,8 @@ def _check_prunes_units(mask, path):
     if not fully_pruned(mask, axis=0) and not fully_pruned(mask, axis=1):
         raise ValueError(
             f"shrink is given, but {path} prunes no neuron or head as a whole, so nothing can be "
-            "taken out. Give mft_fit --layers all and --scope ffn, head or unit, or leave out "
-            "--shrink."
+            "taken out. Give mft_fit --layers all and --scope ffn (or unit, where the class "
+            "of the model can have fewer heads), or leave out --shrink."
         )
 
 

@@ -198,6 +198,7 @@ def allowed_label(
     count, names = getattr(config, "num_labels", 2), _class_names(config)
     named = ", ".join(sorted(names, key=names.get)[:_NAMES_SHOWN])
     more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    more += " (set id2label and label2id of its config to your names)" * ("LABEL_0" in names)
     classes = f"{named}{more}, or a whole number from 0 to {count - 1}"
     if name == "multi-label":
         return f"a list of {count} zeros and ones, or of the names {named}{more}"

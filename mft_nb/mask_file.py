@@ -32,11 +32,18 @@ def check_base(
     path: str | Path = "The mask",  # its file, for the message
 ) -> None:
     "Refuse, with a ValueError, weights that a mask was not made for."
-    if weights_sha256(weights) != base_sha256:
+    if weights_sha256(weights) == base_sha256:
+        return
+    half = {str(one.dtype).removeprefix("torch.") for one in weights.values()} - {"float32"}
+    if half and weights_sha256({name: one.float() for name, one in weights.items()}) == base_sha256:
         raise ValueError(
-            f"{path} belongs to other base weights: the hash of this model's masked matrices "
-            "differs. Load the checkpoint that the mask was trained on, in the same dtype."
+            f"{path} was trained on these weights in float32, and the model is in "
+            f"{', '.join(sorted(half))}. Load the model with dtype=torch.float32."
         )
+    raise ValueError(
+        f"{path} belongs to other base weights: the hash of this model's masked matrices "
+        "differs. Load the checkpoint that the mask was trained on, in the same dtype."
+    )
 
 # %% ../nbs/10_mask_file.ipynb #gap-stream
 def _gap_stream(positions, total):

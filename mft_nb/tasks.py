@@ -166,6 +166,7 @@ def _check_head(model, name):
 
 # %% ../nbs/30_tasks.ipynb #columns-code
 _WANTED = "name one of them: {field}=... in Python, --{field} on the command line."
+_PAIR = " For pairs of texts, name the second one too: text_pair, --text_pair."
 
 
 def _check_dataset(rows, what):
@@ -188,7 +189,7 @@ def _columns(name, rows, what, text, text_pair, label):
             f"text_pair is {text_pair!r}, and {name} reads one text; allowed for {with_pairs}. "
             "Leave it out."
         )
-    text = text or _usual("text", kind.text, known, what)
+    text = text or _usual("text", kind.text, known, what, kind.pairs)
     if not label and name != "causal-lm":
         label = _usual("label", kind.labels, known, what)
     for field, column in (("text", text), ("text_pair", text_pair), ("label", label)):
@@ -200,13 +201,13 @@ def _columns(name, rows, what, text, text_pair, label):
     return text, text_pair, label
 
 
-def _usual(field, names, known, what):
+def _usual(field, names, known, what, pairs=False):
     "The first of the usual names that is a column."
     found = next((name for name in names if name in known), None)
     if found is None:
         raise ValueError(
             f"{what} has no column {' or '.join(map(repr, names))}; its columns are {known}: "
-            f"{_WANTED.format(field=field)}"
+            f"{_WANTED.format(field=field)}{_PAIR if pairs and field == 'text' else ''}"
         )
     return found
 

@@ -66,7 +66,7 @@ class TrainConfig:
         check_number("weight_decay", self.weight_decay, 0)
         check_number("max_grad_norm", self.max_grad_norm, 0)
         check_number("max_length", self.max_length, 3, whole=True)
-        check_number("seed", self.seed, 0, whole=True)
+        check_number("seed", self.seed, 0, 2**32 - 1, whole=True)
 
 # %% ../nbs/36_train.ipynb #recipe-code
 _RECIPES = {

@@ -75,7 +75,7 @@ def test_fit_shrink_and_load_without_the_library(files, tmp_path):
 
 REFUSED_BEFORE_LOADING = [
     ({"scope": "ffn", "layers": "all", "out": None}, "but out is not; name a folder"),
-    ({"scope": "tensor", "layers": "all"}, "--layers all and --scope ffn, head or unit"),
+    ({"scope": "tensor", "layers": "all"}, "--layers all and --scope ffn (or unit"),
     ({"scope": "2:4", "layers": "all", "keep": 0.5}, "prunes no neuron or head as a whole"),
     ({"scope": "ffn", "layers": "all", "keep": 1.0}, "prunes no neuron or head as a whole"),
 ]

@@ -255,3 +255,40 @@ def test_a_card_names_the_task_and_its_metric(place, tmp_path):
     assert "| with the mask | 3.000 [3.000, 3.000], 95 % interval, n = 9 |" in card.text
     assert "The difference is -1.000" in card.text and "better with the mask" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
+
+
+def test_a_command_says_what_it_reads_and_when_rows_are_on_both_sides(place, tmp_path, capsys):
+    table, options = str(place / "reviews.csv"), {"epochs": 0.5, "quiet": True}
+    about = {"model": str(place / "three"), "data": table}
+    cli.mft_fit(out=str(tmp_path / "mask"), validation=table, **about, **options)
+    said = capsys.readouterr()
+    assert "reviews.csv: reads text -> label\n" in said.out
+    assert f"{ROWS} of the {ROWS} rows to measure on are among those to learn from" in said.out
+    pairs = {"data": str(place / "pairs.parquet"), "text": "premise"}
+    cli.mft_fit(out=str(tmp_path / "half"), **about | pairs, **options)
+    said = capsys.readouterr()
+    assert "reads premise -> label; not read: hypothesis" in said.out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"out": "three"}, "the folder of the model. Name another folder."),
+        ({"seed": 2**32}, "seed is 4294967296; allowed is a whole number, 0 or more and at most"),
+        ({"data": "pairs.parquet"}, "name the second one too: text_pair, --text_pair."),
+    ],
+)
+def test_what_new_users_got_wrong_is_refused(wrong, told, place, tmp_path, capsys):
+    asked = {"model": str(place / "three"), "data": "reviews.csv", "out": str(tmp_path / "new")}
+    asked |= wrong
+    places = {name: str(place / asked[name]) for name in ("data", "out")}
+    with pytest.raises(SystemExit):
+        cli.mft_fit(**asked | places)
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_without_names_of_its_own_is_told_where_to_set_them():
+    model = BertForSequenceClassification(BertConfig(num_labels=3, **SIZES))
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": ["refund", "praise"]})
+    with pytest.raises(ValueError, match="set id2label and label2id of its config"):
+        find_task(model, rows).checked(rows, model)
