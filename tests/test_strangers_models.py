@@ -150,7 +150,7 @@ def test_other_outputs_are_refused_before_any_work(more, said, tokenizer):
 @pytest.mark.parametrize("label", [float, lambda one: one + 1, lambda one: "ab"[one]])
 def test_other_labels_are_refused(label, tokenizer):
     mft = MFT(bert(), config())
-    with pytest.raises(ValueError, match="has the label .*; allowed is LABEL_0, LABEL_1, or"):
+    with pytest.raises(ValueError, match="has the label .*; allowed is LABEL_0, LABEL_1"):
         fit(mft, tokenizer, rows(label), SHORT, progress=False)
 
 
