@@ -113,7 +113,7 @@ def _check_tokens(model, tokenizer, tables, task, max_length):
     for source, rows in tables:
         check_fits(model, task.tokens(rows, tokenizer, max_length, source))
 
-
+# %% ../nbs/38_cli.ipynb #held-code
 def _held_out(tables, seed):
     "Rows to learn from and rows to measure on."
     (source, rows), *more = tables

@@ -60,7 +60,7 @@ def _class_reader(config, feature):
 
     return read
 
-
+# %% ../nbs/28_labels.ipynb #class-shift
 def _shift(names, feature):
     "The model's number for each number of a column that names its classes; empty: the same ones."
     if not isinstance(feature, ClassLabel):
