@@ -493,10 +493,18 @@ PUBLISHED["units_base"] = (
     Part(
         "units",
         (0, 1, 2),
-        ("units_importance",),
+        _AT_ONCE,
         variants=("neurons",),
         keeps=(0.75, 0.5),
-        covers="importance, third machine",
+        covers="four choices, third machine",
+    ),
+    Part(
+        "units",
+        (0, 1, 2),
+        ("units_trained",),
+        variants=("neurons",),
+        keeps=(0.5,),
+        covers="trained masks, third machine",
     ),
 )
 
