@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .bitmask import BitMask, check_same_shapes
-from .config import MaskConfig
+from .config import MaskConfig, check_type
 from .holders import mask_holders
 from .scopes import find_scope
 from .scores import MaskedWeight
@@ -101,21 +101,15 @@ def check_arguments(
     start: BitMask | None = None,  # one to train from
 ) -> None:
     "Refuse a config and masks of the wrong type with a TypeError, and two masks at once."
-    _check_type("config", config, MaskConfig, "MaskConfig(keep=0.8)")
-    _check_type("mask", mask, BitMask, "what bitmask() gives")
-    _check_type("start", start, BitMask, "what bitmask() gives")
+    if config is not None:
+        check_type("config", config, MaskConfig, "MaskConfig(keep=0.8)")
+    for field, given in (("mask", mask), ("start", start)):
+        if given is not None:
+            check_type(field, given, BitMask, "what bitmask() gives")
     if mask and start:
         raise ValueError(
             "mask and start are both given; give mask to put it on as it is, or start to train "
             "from it."
-        )
-
-
-def _check_type(field, value, kind, example):
-    "Refuse a value that is neither of a kind nor None."
-    if not isinstance(value, kind | None):
-        raise TypeError(
-            f"{field} is a {type(value).__name__}; allowed is a {kind.__name__}, such as {example}."
         )
 
 # %% ../nbs/17_carriers.ipynb #weights-code

@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from .files import need_extra, write_whole
 def parse_numbers(
     field: str,  # name in the message
     text: str,  # such as "0" or "0,1,2" or "0-4"
+    words: str = "",  # what else is allowed there, for the message
 ) -> tuple[int, ...]:  # whole numbers; ValueError for anything else
     "Whole numbers from a comma-separated list of numbers and ranges."
     numbers = []
@@ -38,7 +40,7 @@ def parse_numbers(
         numbers = []
     if not numbers:
         raise ValueError(
-            f"{field} is {text!r}; allowed are whole numbers from 0, such as 0,1,2 or 0-4."
+            f"{field} is {text!r}; allowed are {words}whole numbers from 0, such as 0,1,2 or 0-4."
         )
     return tuple(numbers)
 
@@ -47,7 +49,9 @@ def parse_layers(
     text: str,  # "middle", "all", or numbers such as "4-7" or "2,3"
 ) -> str | tuple[int, ...]:  # for MaskConfig.layers
     "Layers from the command line."
-    return text if text in ("middle", "all") else parse_numbers("layers", text)
+    if text in ("middle", "all"):
+        return text
+    return parse_numbers("layers", text, "middle, all, or ")
 
 # %% ../nbs/38_cli.ipynb #fit-helpers
 _COMMA = r",(?![^{]*\})"  # between patterns; not that of {1,2} within one
@@ -168,7 +172,9 @@ def plain_errors(
     @functools.wraps(function)
     def command(*arguments, **keywords):
         try:
-            return function(*arguments, **keywords)
+            with warnings.catch_warnings():
+                warnings.showwarning = _plain_warning
+                return function(*arguments, **keywords)
         except KeyboardInterrupt:
             print(f"\nStopped. {stopped}", file=sys.stderr)
             sys.exit(130)
@@ -180,6 +186,11 @@ def plain_errors(
             sys.exit(2)
 
     return command
+
+
+def _plain_warning(message, *_):
+    "Show a warning as one line."
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 # %% ../nbs/38_cli.ipynb #refusal-code
 _LIBRARY = Path(inspect.getfile(need_extra)).parent

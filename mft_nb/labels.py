@@ -16,7 +16,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -37,28 +37,68 @@ def _names(config):
     return names | {s: names[n] for s, n in zip(small, names, strict=True) if small.count(s) == 1}
 
 
-def _class_reader(config, feature):
+def _class_reader(config, feature, values=()):
     "Reads a class from its name or its number."
     names, count = _names(config), getattr(config, "num_labels", 2)
     shift = _shift(names, feature)
+    values = None if isinstance(feature, ClassLabel) else values
+    meant = _digits_mean(names, count, values)
 
     def read(value):
-        if isinstance(value, str):
-            number = int(value) if re.fullmatch(r"[0-9]+", value) else None
-            named = names.get(value, names.get(value.casefold()))
-            if None not in (number, named) and number != named:
-                raise ValueError(
-                    f"the label {value!r} is class {named} by its name, and class {number} by its "
-                    "number. Rename the classes in the model's id2label and label2id."
-                )
-            value = number if named is None else named
-        elif isinstance(value, int) and str(int(value)) in names and not shift:
-            read(str(int(value)))  # refuses a name that is another number
+        value = _without_point(value, names)
         if isinstance(value, int) and value in shift:
-            value = shift[value]
-        return int(value) if isinstance(value, int) and 0 <= value < count else None
+            number = shift[value]
+        else:
+            number, named = _number_of(value), _name_of(value, names)
+            if None not in (number, named) and number != named and meant == "both":
+                raise ValueError(_TWO_MEANINGS.format(value=value, named=named, number=number))
+            if named is not None and (number is None or meant == "names"):
+                number = named
+        return number if number is not None and 0 <= number < count else None
 
     return read
+
+
+_TWO_MEANINGS = (
+    "the label {value!r} is class {named} by its name, and class {number} by its number. Rename "
+    "the classes in the model's id2label and label2id, or give a Dataset whose column has the type "
+    "ClassLabel(names=...)."
+)
+
+# %% ../nbs/28_labels.ipynb #digits-code
+def _without_point(value, names):
+    "A whole number that is written as 1.0, as 1."
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    written = isinstance(value, str) and value not in names
+    return value.split(".")[0] if written and re.fullmatch(r"[0-9]+\.0", value) else value
+
+
+def _number_of(value):
+    "The number that a label is, if it is one."
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[0-9]+", value) else None
+    return int(value) if isinstance(value, int) else None
+
+
+def _name_of(value, names):
+    "The number of the class that a label names, if it does."
+    if isinstance(value, int):
+        value = str(int(value))
+    return names.get(value, names.get(value.casefold())) if isinstance(value, str) else None
+
+
+def _digits_mean(names, count, values):
+    "Whether digits in a column are \"names\" or \"numbers\" of classes; \"both\" is not known."
+    if values is None:
+        return "numbers"
+    found = {_without_point(value, names) for value in values if isinstance(value, str | Real)}
+    digits = [value for value in found if _number_of(value) is not None]
+    as_names = all(_name_of(value, names) is not None for value in digits)
+    as_numbers = all(_number_of(value) < count for value in digits)
+    if as_names == as_numbers:
+        return "both"
+    return "names" if as_names else "numbers"
 
 # %% ../nbs/28_labels.ipynb #class-shift
 def _shift(names, feature):
@@ -86,7 +126,7 @@ def _shift(names, feature):
     return {}
 
 # %% ../nbs/28_labels.ipynb #label-readers
-def _number_reader(config, feature):
+def _number_reader(config, feature, values):
     "Reads a number."
 
     def read(value):
@@ -101,10 +141,10 @@ def _number_reader(config, feature):
     return read
 
 
-def _list_reader(config, feature):
+def _list_reader(config, feature, values):
     "Reads labels, as names or as zeros and ones, into zeros and ones."
     count, inner = config.num_labels, _inner(feature)
-    read_class = _class_reader(config, inner)
+    read_class = _class_reader(config, inner, _flat(values, _listed))
 
     def read(value):
         if isinstance(value, str):
@@ -134,10 +174,18 @@ def _inner(feature):
     "The type of the values in a column of lists."
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
+
+def _flat(values, split):
+    "All labels of a column of lists, or of texts that hold several; None stays."
+    if values is None:
+        return None
+    lists = [split(value) if isinstance(value, str) else value for value in values]
+    return [one for some in lists if isinstance(some, list) for one in some]
+
 # %% ../nbs/28_labels.ipynb #text-readers
-def _tag_reader(config, feature):
+def _tag_reader(config, feature, values):
     "Reads a tag for each word."
-    read_class = _class_reader(config, _inner(feature))
+    read_class = _class_reader(config, _inner(feature), _flat(values, str.split))
 
     def read(value):
         tags = value.split() if isinstance(value, str) else value
@@ -147,12 +195,12 @@ def _tag_reader(config, feature):
     return read
 
 
-def _text_reader(config, feature):
+def _text_reader(config, feature, values):
     "Reads a text."
     return lambda value: value if isinstance(value, str) else None
 
 
-def _word_reader(config, feature):
+def _word_reader(config, feature, values):
     "Reads a list of words."
 
     def read(value):
@@ -178,9 +226,10 @@ def label_reader(
     name: str,  # of a task, or "words" for the words that are tagged
     config: Any,  # of a model: the names and the number of its classes
     feature: Any = None,  # type of the column in a `datasets.Dataset`: it may name its classes
+    values: Iterable | None = (),  # the column, which tells names from numbers; None: numbers
 ) -> Callable[[Any], Any]:  # takes a label, returns it as the model wants it; None: it is none
     "The reader of a task's labels."
-    return _READERS[name](config, feature)
+    return _READERS[name](config, feature, values)
 
 # %% ../nbs/28_labels.ipynb #allowed-code
 _NAMES_SHOWN = 8

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,17 +35,24 @@ from mft_nb.carriers import (
     check_weights,
     choose_weights,
 )
-from .config import MaskConfig, split_settings
+from .config import MaskConfig, check_type, split_settings
 from .files import whole, write_whole
 from .freeze import Frozen
 from .holders import mask_holders
-from .hub import MASK_FILE, MODULES_FILE, find_mask
+from .hub import MASK_FILE, MODULES_FILE, check_folder, find_mask
 from .mask_file import check_base, load_mask, save_mask
 from .passes import ForwardPass
 from .penalty import Penalty
-from .reference import Reference
+from .reference import Reference, WithBlock
 from .rest import Rest, digests_by_part, load_modules, trained_parameters
-from .scores import MERGE_FIRST, attach_scores, detach_scores, trained_state_dict
+from mft_nb.scores import (
+    MERGE_FIRST,
+    attach_scores,
+    check_trained_state,
+    detach_scores,
+    refuse_empty_states,
+    trained_state_dict,
+)
 from .sharded import is_sharded, weights_sha256, whole_tensor
 from .shrink import shrink as shrink_model
 
@@ -115,6 +122,19 @@ def trainable(self: MFT) -> list[nn.Parameter]:  # the scores, then what is trai
     self._check_on()
     return self.scores + [self.model.get_parameter(name) for name in self._rest.trained]
 
+
+def _no_such_name(self, name):
+    "The error for a name that an MFT has not."
+    if hasattr(type(self), name):  # a property that failed: its own error
+        return object.__getattribute__(self, name)
+    raise AttributeError(
+        f"MFT has no {name!r}. The model is mft.model; scores are trained by fit(mft, tokenizer, "
+        "rows) of mft_nb.train, or in a loop of your own with mft.trainable."
+    )
+
+
+MFT.__getattr__ = _no_such_name  # `@patch` would make it that of the module, too
+
 # %% ../nbs/22_mask.ipynb #put-on
 @patch
 def _put_on(self: MFT, mask):
@@ -132,6 +152,7 @@ def _put_on(self: MFT, mask):
         self._handles += [
             self.model.register_forward_pre_hook(self._before_forward),
             self.model.register_forward_hook(self._after_forward, always_call=True),
+            refuse_empty_states(self.model),
         ]
         if self.config.l1:
             masked = list(self._masked.values())
@@ -228,8 +249,7 @@ def save_pretrained(
 
     self._check_on()
     self._check_in_place()
-    if Path(folder).is_file():
-        raise ValueError(f"folder is {folder}, which is a file. Name a folder.")
+    check_folder(folder)
     self._warn_of_mask()
     self._rest.warn_of_changes(self.base_weights())
     base, settings = weights_sha256(self.base_weights()), self.config.to_dict()
@@ -393,9 +413,15 @@ def _remove(self: MFT, leave):
 
 # %% ../nbs/22_mask.ipynb #disabled-code
 @patch
-@contextmanager
-def disabled(self: MFT) -> Iterator[nn.Module]:  # the model
+def disabled(self: MFT) -> WithBlock:  # gives the model
     "Within a `with` block the model is the base, bit for bit; then the mask is in force again."
+    return WithBlock(self._base_block(), "mft.disabled()")
+
+
+@patch
+@contextmanager
+def _base_block(self: MFT):
+    "The block."
     with self._reference.block(self.model, self._disable):
         yield self.model
 
@@ -457,21 +483,11 @@ def load_state_dict(
     "Go on from a checkpoint; ValueError where it belongs to other scores or another keep or scope."
     self._check_on()
     self._check_in_place()
+    check_type("state", state, Mapping, "what state_dict() gives")
     state = dict(state)
     if _SETTINGS in state:
         _check_settings(state.pop(_SETTINGS), self.config)
-    own = trained_state_dict(self.model)
-    if differ := sorted(own.keys() ^ state.keys()):
-        raise ValueError(
-            f"The state and this MFT differ in {differ[0]!r}. Make the MFT with the config that "
-            "the state was saved with, and unfreeze by hand what was unfrozen then."
-        )
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"The state of {name!r} has shape {tuple(tensor.shape)}, this MFT "
-                f"{tuple(own[name].shape)}. Use the state on the model it was made for."
-            )
+    check_trained_state(state, trained_state_dict(self.model))
     self.model.load_state_dict(state, strict=False)
 
 # %% ../nbs/22_mask.ipynb #settings-code
@@ -485,13 +501,16 @@ def _mask_settings(config):
 
 def _check_settings(coded, config):
     "Refuse settings, coded in bytes, that make another mask of the same scores."
-    saved, own = json.loads(bytes(coded.tolist())), _mask_settings(config)
-    for name in own:
-        if saved[name] != own[name]:
-            raise ValueError(
-                f"{name} is {saved[name]!r} in the state and {own[name]!r} in this MFT. Make the "
-                "MFT with the config that the state was saved with."
-            )
+    try:
+        saved, own = json.loads(bytes(coded.tolist())), _mask_settings(config)
+        other = [name for name in own if saved[name] != own[name]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{_SETTINGS} is damaged. Give what state_dict() gave.") from None
+    for name in other:
+        raise ValueError(
+            f"{name} is {saved[name]!r} in the state and {own[name]!r} in this MFT. Make the "
+            "MFT with the config that the state was saved with."
+        )
 
 # %% ../nbs/22_mask.ipynb #plain-names
 @patch
@@ -516,6 +535,7 @@ def save_model(
             "torch.save(mft.plain_state_dict(), path)."
         )
     self._check_whole()
+    check_folder(folder)
     with self._without_scores():
         self.model.save_pretrained(folder, **options)
 

@@ -32,6 +32,7 @@ class Metric:
     unit: str = "%"  # "%" for a fraction, "" for a plain number
     higher_is_better: bool = True  # a loss is better when it is lower
     right_or_wrong: bool = False  # whether a row's line is one number, 0 or 1
+    truth: int | None = None  # place of the count that a row alone decides, as its label
 
 # %% ../nbs/26_metrics.ipynb #metric-values
 def _mean(counts):
@@ -74,16 +75,23 @@ def _divided(part, whole):
 # %% ../nbs/26_metrics.ipynb #metric-list
 _RIGHT = {"right_or_wrong": True}
 _NUMBER = {"unit": "", "higher_is_better": False}
+_SECOND, _THIRD = {"truth": 1}, {"truth": 2}
 METRICS = {
     "accuracy": Metric("accuracy", "rows with the right class", _mean, "accuracy", **_RIGHT),
-    "macro_f1": Metric("macro F1", "mean over the classes of their F1", _macro_f1, "f1"),
-    "spearman": Metric("Spearman", "are the scores in order", _rank_correlation, "spearmanr", ""),
+    "macro_f1": Metric("macro F1", "mean over the classes of their F1", _macro_f1, "f1", **_THIRD),
+    "spearman": Metric(
+        "Spearman", "are the scores in order", _rank_correlation, "spearmanr", "", **_SECOND
+    ),
     "squared_error": Metric("squared error", "mean over the rows", _ratio, "mse", **_NUMBER),
-    "f1": Metric("F1", "labels found and true, of all rows", _f1, "f1"),
+    "f1": Metric("F1", "labels found and true, of all rows", _f1, "f1", **_THIRD),
     "exact_match": Metric("exact match", "rows right as a whole", _mean, "exact_match", **_RIGHT),
-    "entity_f1": Metric("entity F1", "entities found, with all words and the kind", _f1, "f1"),
-    "word_accuracy": Metric("word accuracy", "words with the right tag", _ratio, "accuracy"),
-    "loss": Metric("loss", "mean over the tokens", _ratio, "loss", **_NUMBER),
+    "entity_f1": Metric(
+        "entity F1", "entities found, with all words and the kind", _f1, "f1", **_THIRD
+    ),
+    "word_accuracy": Metric(
+        "word accuracy", "words with the right tag", _ratio, "accuracy", **_SECOND
+    ),
+    "loss": Metric("loss", "mean over the tokens", _ratio, "loss", **_NUMBER, **_SECOND),
 }
 
 # %% ../nbs/26_metrics.ipynb #interval-code
@@ -110,7 +118,7 @@ def measured(
     counts: np.ndarray,  # (rows, counts), at least 2 rows
 ) -> Interval:  # the metric with its 95 % interval
     "A metric of some rows, with its interval."
-    chosen, counts = METRICS[metric], _checked(metric, counts)
+    counts, chosen = _checked(metric, counts), METRICS[metric]
     if chosen.right_or_wrong:
         return wilson(int(counts.sum()), len(counts))
     estimate, ends = float(chosen.value(counts)), _drawn_again(chosen.value, counts)
@@ -120,11 +128,19 @@ def measured(
 
 def _checked(metric, counts):
     "Counts of at least two rows, as floats."
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}; allowed are {', '.join(METRICS)}.")
     counts = np.asarray(counts, dtype=float)
     if counts.ndim != 2 or len(counts) < 2:
         raise ValueError(
             f"counts of {metric} have the shape {counts.shape}; allowed is (rows, counts) with 2 "
             "rows or more, since one row has no spread. Measure on more rows."
+        )
+    if not np.isfinite(counts).all():
+        row = int((~np.isfinite(counts)).any(axis=1).argmax())
+        raise ValueError(
+            f"counts of {metric} hold {counts[row].tolist()} in row {row + 1}; allowed are finite "
+            "numbers. Look at what the model says on that row."
         )
     return counts
 
@@ -191,6 +207,7 @@ def compare(
             f"before has the shape {before.shape} and after {after.shape}; allowed are equal ones. "
             "Measure both on the same rows in the same order."
         )
+    _check_pairs(metric, before, after)
     ends = measured(metric, before), measured(metric, after)
     gain = ends[1].estimate - ends[0].estimate
     unit = "points" if METRICS[metric].unit else ""
@@ -206,7 +223,7 @@ def compare(
     difference = Interval(gain, low, high, n=len(before), unit=unit)
     return Comparison(metric, *ends, difference, _swapped(value, before, after), None, task)
 
-
+# %% ../nbs/26_metrics.ipynb #compare-tests
 def _of_flips(flips):
     "Ends of the difference that go with McNemar's test, given how many rows changed."
     changed = flips.fixed + flips.broken
@@ -231,3 +248,17 @@ def _swapped(value, before, after):
             rng=np.random.default_rng(0),
         ).pvalue
     )
+
+
+def _check_pairs(metric, before, after):
+    "Refuse counts of which the rows say that they are of other rows."
+    first = METRICS[metric].truth
+    if first is None:
+        return
+    differ = (before[:, first::3] != after[:, first::3]).any(axis=1)  # a line has 3 numbers a class
+    if differ.any():
+        raise ValueError(
+            f"before and after of {metric} were measured on different rows: in row "
+            f"{differ.argmax() + 1} the label, or what is counted of it, is not the same. Measure "
+            "both on the same rows in the same order, with the same max_length."
+        )

@@ -33,16 +33,17 @@ from torch import Tensor, nn
 from .begin import make_scores
 from .bitmask import BitMask
 from .carriers import NoPickle, check_model, check_weights, choose_weights
-from .config import MaskConfig, check_choice, split_settings
+from .config import MaskConfig, check_choice, name_fields, split_settings
 from .files import whole, write_whole
 from .freeze import Frozen, dropout_rates
-from .hub import MASK_FILE, MODULES_FILE
+from .hub import MASK_FILE, MODULES_FILE, find_mask, write_loading
 from .mask_file import check_base, load_mask, save_mask
 from .passes import ForwardPass
 from mft_nb.peft_layers import (
     FinishedMask,
     MftLayer,
     adapter_mask,
+    check_adapter_state,
     found_together,
     mask_layers,
     masks_of,
@@ -51,7 +52,7 @@ from mft_nb.peft_layers import (
 )
 from .penalty import Penalty
 from .rest import Rest, digests_by_part, load_modules
-from .scores import MERGE_FIRST
+from .scores import MERGE_FIRST, check_scores
 from .sharded import weights_sha256
 
 # %% ../nbs/40_peft.ipynb #type-code
@@ -61,6 +62,7 @@ class MftType(str, Enum):  # noqa: UP042, since PEFT reads its str(), "MftType.M
     MFT = "MFT"
 
 # %% ../nbs/40_peft.ipynb #config-code
+@name_fields
 @dataclass
 class MftConfig(PeftConfig):
     "What is masked, and how the scores begin and are ranked; for `peft.get_peft_model`."
@@ -93,6 +95,15 @@ class MftConfig(PeftConfig):
         self.modules_to_save = _names_or_none(self.modules_to_save)
         check_choice("form", self.form, ("scores", "bits"))
         self._found_sha256 = ""  # of the weights that the adapter was put on
+
+    def save_pretrained(
+        self,
+        save_directory: str,  # of the adapter
+        **options: Any,  # of PEFT's own
+    ) -> None:
+        "Save the config as PEFT does, and say in the folder's README.md how to load the adapter."
+        super().save_pretrained(save_directory, **options)
+        write_loading(save_directory, self.base_model_name_or_path)
 
 # %% ../nbs/40_peft.ipynb #config-names
 def _names_or_none(names):
@@ -304,6 +315,14 @@ def _check_adapter(config, adapter_name, watch, state_dict):
             f"{watch.dropout}. Give dropout={watch.dropout}, or unload those first."
         )
 
+
+@patch(cls_method=True)
+def _remap_adapter_state_dict_for_load(cls: MftModel, **options):
+    "The state of an adapter by the names in the model; refused where it would make no mask."
+    state = BaseTuner._remap_adapter_state_dict_for_load.__func__(cls, **options)
+    check_adapter_state(options["model"], state, options["adapter_name"])
+    return state
+
 # %% ../nbs/40_peft.ipynb #register-code
 if "MFT" in list(peft.PeftType):
     raise ImportError(
@@ -474,6 +493,8 @@ def _take_tensors(tensors, masks, adapter):
             raise ValueError(
                 f"{adapter} has no mask that fits {name!r}. Give the model that it was trained on."
             )
+        if "scores" in wanted:
+            check_scores(wanted["scores"], left[wanted["scores"]])
         one.load_state_dict({own: left.pop(full) for own, full in wanted.items()})
     if stray := [name for name in left if ".mft_masks." in name]:
         raise ValueError(
@@ -490,7 +511,7 @@ def mask_to_adapter(
     task_type: str | None = None,  # as in a config of PEFT, such as "CAUSAL_LM"
 ) -> Path:  # the folder, for `PeftModel.from_pretrained`
     "Write a mask file as an adapter; ValueError where it belongs to another base."
-    path = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
+    path = find_mask(mask)
     saved = load_mask(path, dict(model.named_parameters()))
     digest = saved.config.pop("modules_sha256", None)
     trained = load_modules(path.with_name(MODULES_FILE), digest) if digest else {}

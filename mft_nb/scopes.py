@@ -247,7 +247,7 @@ def find_scope(
 ) -> Scope:  # ValueError for an unknown one, or one that does not go with the fraction
     "A scope by its name."
     pair = re.fullmatch(r"(\d+):(\d+)", name) if isinstance(name, str) else None
-    if not pair and name not in SCOPES:
+    if not isinstance(name, str) or not (pair or name in SCOPES):
         allowed = ", ".join(map(repr, SCOPES))
         raise ValueError(f"scope is {name!r}; allowed are {allowed} and 'N:M' such as '2:4'.")
     scope = NofM(int(pair[1]), int(pair[2])) if pair else SCOPES[name]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MERGE_FIRST', 'SCORES', 'ScoreGroup', 'MaskedWeight', 'initial_scores', 'attach_scores', 'detach_scores',
-           'trained_state_dict']
+           'refuse_empty_states', 'trained_state_dict', 'check_scores', 'check_trained_state']
 
 # %% ../nbs/13_scores.ipynb #imports-06_scores
 import inspect
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -387,6 +388,18 @@ def _write_plain_names(module, state, prefix, metadata):
             state.pop(f"{prefix}{name}", None)
 
 
+def refuse_empty_states(
+    model: nn.Module,  # with scores on it
+) -> RemovableHandle:  # of a hook
+    "Have a model refuse an empty state, which would leave all as it is without a word."
+    return model.register_load_state_dict_pre_hook(_refuse_empty)
+
+
+def _refuse_empty(module, state, prefix, metadata, strict, missing, unexpected, errors):
+    if not prefix and not state:
+        errors.append("The state is empty, so nothing would be loaded. Give one of this model.")
+
+
 def _read_plain_names(module, state, prefix, metadata, strict, missing, unexpected, errors):
     "Into a state: the frozen weight that the module has, once the given one is seen to be its own."
     given = state.pop(f"{prefix}weight", None)
@@ -414,6 +427,55 @@ def trained_state_dict(
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in state.items() if name in trained | buffers}
+
+
+def check_scores(
+    name: str,  # in a state
+    scores: Tensor,  # what the state has there
+) -> None:
+    "Refuse scores that are NaN or infinite, by their name, with a ValueError."
+    if not scores.is_meta and not local_part(scores).isfinite().all():
+        raise ValueError(
+            f"{name!r} in the state holds NaN or infinity, of which no mask can be made. Go on "
+            "from an earlier state, with a lower learning rate."
+        )
+
+
+def check_trained_state(
+    state: Mapping[str, Tensor],  # to be loaded
+    own: Mapping[str, Tensor],  # from `trained_state_dict` of the model
+) -> None:
+    "Refuse a state that does not fit, or whose scores are no numbers, by the name of a tensor."
+    if differ := sorted(own.keys() ^ state.keys()):
+        raise ValueError(
+            f"The state and this MFT differ in {differ[0]!r}. Make the MFT with the config that "
+            "the state was saved with, and unfreeze by hand what was unfrozen then."
+        )
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"The state of {name!r} is a {type(tensor).__name__}; allowed is a Tensor. Give "
+                "what state_dict() gives."
+            )
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"The state of {name!r} has shape {tuple(tensor.shape)}, this MFT "
+                f"{tuple(own[name].shape)}. Use the state on the model it was made for."
+            )
+        if name.endswith(SCORES):
+            check_scores(name, tensor)
+
+
+@patch
+def _load_from_state_dict(self: MaskedWeight, state, prefix, *options):
+    name, errors = f"{prefix}scores", options[-1]
+    try:
+        if name in state:
+            check_scores(name, state[name])
+    except ValueError as error:
+        errors.append(str(error))
+    else:
+        nn.Module._load_from_state_dict(self, state, prefix, *options)
 
 # %% ../nbs/13_scores.ipynb #why-refused
 @patch

@@ -9,7 +9,6 @@ __all__ = ['MaskSwitch']
 import warnings
 import weakref
 from collections import ChainMap
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from torch import nn
 
 from .bitmask import BitMask, check_same_shapes
 from .callers import Callers
+from .config import check_type
 from .holders import check_writable, hold, mask_holders, release
 from .mask import MASK_FILE, MODULES_FILE
 from .mask_file import load_mask
+from .reference import WithBlock
 from .scores import MaskedWeight
 
 # %% ../nbs/24_switch.ipynb #places-code
@@ -163,6 +164,7 @@ class MaskSwitch:
         self,
         model: nn.Module,  # holds the base weights; changed in place by `use`
     ):
+        check_type("model", model, nn.Module, "the one that its masks were made for")
         self.model = model
         self._masks = {}  # mask name -> what was added
         # what is in force
@@ -324,7 +326,7 @@ def use(
 @patch
 def _check_name(self: MaskSwitch, name):
     "Refuse the name of a mask that was not added."
-    if name not in self._masks:
+    if not isinstance(name, str) or name not in self._masks:
         raise ValueError(
             f"There is no mask {name!r}; there are {', '.join(self._masks) or 'none'}. Add it "
             "with add(name, mask)."
@@ -378,12 +380,18 @@ def _let_go(self: MaskSwitch):
 
 # %% ../nbs/24_switch.ipynb #e2b8405d
 @patch
-@contextmanager
 def using(
     self: MaskSwitch,
     name: str | None,  # of a mask that was added; None: the base
-) -> Iterator[MaskSwitch]:
+) -> WithBlock:  # gives the switch
     "A mask for the length of a `with` block; then again what was in force before."
+    return WithBlock(self._block(name), f"switch.using({name!r})")
+
+
+@patch
+@contextmanager
+def _block(self: MaskSwitch, name):
+    "The block."
     callers = self._callers
     with callers.lock:
         callers.wait_for_turn()

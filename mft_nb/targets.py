@@ -291,7 +291,8 @@ def _check_numbers(layers, existing):
         if layer not in existing:
             raise ValueError(
                 f"layers holds {layer}, but the model's layers are {_span(existing)}. Choose among "
-                "those, or choose by name: layers='all' with target_modules."
+                "those, or give 'middle' or 'all'; to choose by name, layers='all' with "
+                "target_modules."
             )
 
 

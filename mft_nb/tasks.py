@@ -14,7 +14,7 @@ need_extra("train", "mft_nb.tasks")
 # %% ../nbs/30_tasks.ipynb #imports-tasks
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from datasets import Dataset
 from fastcore.basics import patch
 from transformers import DataCollatorWithPadding
 
-from .data import tokenise
+from .data import check_tokenizer, tokenise
 from .labels import allowed_label, label_reader
 from .model import head_of
 
@@ -62,6 +62,7 @@ class Task:
     text: str = "sentence"  # column with the text, the words, or the prompt
     text_pair: str | None = None  # column with a second text
     label: str | None = "label"  # column with the label; None: a language model on the text alone
+    numbered: bool = False  # whether classes are numbers already, as `checked` makes them
 
     @property
     def kind(self) -> TaskKind:
@@ -77,7 +78,7 @@ class Task:
     def of_checked(self) -> "Task":
         "The same task for the rows that `checked` returns."
         pair, label = self.text_pair and "pair", self.label and "label"
-        return Task(self.name, "sentence", pair, label)
+        return Task(self.name, "sentence", pair, label, numbered=True)
 
 # %% ../nbs/30_tasks.ipynb #find-code
 def find_task(
@@ -94,9 +95,10 @@ def find_task(
     if isinstance(task, Task):
         _check_head(model, task.name)
         columns = [getattr(task, field) for field in ("text", "text_pair", "label")]
-        return Task(task.name, *_columns(task.name, rows, what, *columns))
+        text, text_pair, label = _columns(task.name, rows, what, *columns)
+        return replace(task, text=text, text_pair=text_pair, label=label)
     name = task or _told(model, rows, label)
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}. Name one of them.")
     _check_head(model, name)
     return Task(name, *_columns(name, rows, what, text, text_pair, label))
@@ -231,7 +233,8 @@ def checked(
     if self.text_pair:
         columns["pair"] = _read(rows, self.text_pair, as_text, "text", what)
     if self.label and labels:
-        read = label_reader(self.name, config, rows.features[self.label])
+        values = None if self.numbered else rows[self.label][:]
+        read = label_reader(self.name, config, rows.features[self.label], values)
         columns["label"] = _read(rows, self.label, read, allowed_label(self.name, config), what)
         if words:
             _check_as_many(columns, what)
@@ -296,7 +299,8 @@ def tokens(
 
 
 def _check_padding(task, tokenizer):
-    "Refuse a tokenizer that cannot fill up a batch, where the head reads a row's last token."
+    "Refuse what is no tokenizer, and one that cannot fill up a batch where the head needs that."
+    check_tokenizer(tokenizer)
     if task.kind.head == "sequence" and getattr(tokenizer, "pad_token", "") is None:
         raise ValueError(
             "The tokenizer has no pad_token, so rows of different length make no batch. Set "

@@ -12,6 +12,7 @@ from .files import need_extra, write_whole
 need_extra("train", "mft_nb.train")
 
 # %% ../nbs/36_train.ipynb #imports-14_train
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .activations import KeptActivations, keep_activations
-from .config import RECIPES, check_choice, check_number
+from .config import RECIPES, check_choice, check_number, check_type, name_fields
+from .data import check_tokenizer
 from .evaluate import accuracy, check_fits, evaluate, predict, with_activations  # noqa: F401
 from .mask import MFT
 from .metrics import METRICS
@@ -37,6 +39,7 @@ from .tasks import Task, find_task
 from .trainer import EpochSampler, MaskTrainer, quiet_arguments, same_config
 
 # %% ../nbs/36_train.ipynb #4cce46f1
+@name_fields
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model, or the scores of a mask, are trained."
@@ -203,6 +206,9 @@ def _validation_metric(model, tokenizer, validation, config, task, activations):
     return float(METRICS[name].value(rows.astype(float)))
 
 # %% ../nbs/36_train.ipynb #3d8af5-1
+_RECIPE = 'TrainConfig.recipe("recommended"); what is masked is said to MFT(model, MaskConfig(...))'
+
+
 def _asked(model, tokens, config, context, activations):
     "What a run is asked, as a resumed run must repeat it."
     settings = asdict(config) | (context or {})
@@ -269,12 +275,14 @@ def train(
     task: Task | str | None = None,  # what is learned; None: told from model and rows
 ) -> History:  # curves of the loss and of the task's metric on validation
     "Train a model on rows of a task; a run that was killed goes on where it was."
+    check_type("config", config, TrainConfig, _RECIPE)
     task = find_task(model, rows, task)
+    if validation is not None:
+        find_task(model, validation, task, what="validation")
     common = (task, model, tokenizer)
     tokens = _tokens(*common, rows, config.max_length)
     held_tokens = None
     if validation is not None:
-        find_task(model, validation, task, what="validation")
         held_tokens = _tokens(*common, validation, config.max_length, "validation")
     if activations is not None:
         _check_held(activations, tokens, config.max_length)
@@ -297,8 +305,8 @@ def train(
 # %% ../nbs/36_train.ipynb #5088ab-1
 def fit(
     mft: MFT,  # with scores to train, on a model of transformers
-    tokenizer: Any,  # of the model
-    rows: Dataset,  # the columns of the task, such as sentence and label
+    tokenizer: Any = None,  # of the model; must be given
+    rows: Dataset | None = None,  # must be given: the columns of the task
     config: TrainConfig | None = None,  # how to train; default `TrainConfig.recipe("recommended")`
     kept: bool = False,  # whether to compute what lies below the masks only once
     task: Task | str | None = None,  # a name in TASKS; None: told from model and rows
@@ -308,10 +316,10 @@ def fit(
     **options: Any,  # of `train`: validation, eval_every, folder, progress, ...
 ) -> History:  # `measured` holds the fraction of mask bits changed, and the penalty
     "Train the scores of a mask on rows of any task."
-    config = config or TrainConfig.recipe("recommended")
-    steps = step_count(config, len(rows))
-    _check_trainable(mft, steps)
+    config = TrainConfig.recipe("recommended") if config is None else config
+    _check_fit(mft, tokenizer, config, options)
     task = options["task"] = find_task(mft.model, rows, task, text, text_pair, label)
+    _check_trainable(mft, step_count(config, len(rows)))
     first = mft.bitmask()
 
     def measure():
@@ -319,7 +327,8 @@ def fit(
         return {"changed": changed / first.total, "penalty": mft.penalty().item()}
 
     if options.get("validation") is not None:
-        options.setdefault("eval_every", max(1, -(-steps // 4)))
+        find_task(mft.model, options["validation"], task, what="validation")
+        options.setdefault("eval_every", max(1, -(-step_count(config, len(rows)) // 4)))
     if kept:
         options["activations"] = _keep_below(mft, task, tokenizer, rows, config, options)
     options = {"measure": measure} | options
@@ -327,6 +336,21 @@ def fit(
     history = train(mft.model, tokenizer, rows, config, **options)
     mft.trained_with = asdict(config)
     return history
+
+# %% ../nbs/36_train.ipynb #fit-arguments
+def _check_fit(mft, tokenizer, config, options):
+    "Refuse arguments of the wrong class, and names that neither `fit` nor `train` has."
+    check_type("mft", mft, MFT, "MFT(model, config), which puts a mask on a model")
+    check_tokenizer(tokenizer)
+    check_type("config", config, TrainConfig, _RECIPE)
+    known = [*inspect.signature(fit).parameters, *inspect.signature(train).parameters]
+    known = [one for one in dict.fromkeys(known) if one not in ("model", "options")]
+    for name in options:
+        if name not in known:
+            where = f" Give it to the config: TrainConfig({name}=...)." * (
+                name in TrainConfig.__dataclass_fields__
+            )
+            raise TypeError(f"fit has no {name!r}; allowed are {', '.join(known)}.{where}")
 
 # %% ../nbs/36_train.ipynb #check-trainable
 def _check_trainable(mft, steps):

@@ -147,23 +147,23 @@ def test_other_outputs_are_refused_before_any_work(more, said, tokenizer):
     assert predict(mft.model, tokenizer, rows()).shape == (16, mft.model.num_labels)
 
 
-@pytest.mark.parametrize("label", [float, lambda one: one + 1, lambda one: "ab"[one]])
+@pytest.mark.parametrize("label", [lambda n: n + 0.5, lambda n: n + 1, lambda n: "ab"[n]])
 def test_other_labels_are_refused(label, tokenizer):
     mft = MFT(bert(), config())
     with pytest.raises(ValueError, match="has the label .*; allowed is LABEL_0, LABEL_1"):
         fit(mft, tokenizer, rows(label), SHORT, progress=False)
 
 
-def test_boolean_labels_are_0_and_1(tokenizer):
+def test_boolean_labels_and_floats_of_pandas_are_0_and_1(tokenizer):
     first, masks = MFT(bert(), config()).bitmask(), []
-    for label in (bool, int):
+    for label in (bool, float, int):
         mft = MFT(bert(), config())
         history = fit(mft, tokenizer, rows(label), SHORT, progress=False, validation=rows(label))
         guesses = predict(mft.model, tokenizer, rows(), max_length=8).argmax(1)
         right = sum(int(g) == t for g, t in zip(guesses, [1] * 9 + [0] * 7, strict=True))
         assert history.validation[-1] == [3, right / 16]
         masks.append(mft.bitmask())
-    assert masks[0] == masks[1] != first
+    assert masks[0] == masks[1] == masks[2] != first
 
 
 def test_training_and_evaluating_leave_the_config(tokenizer):

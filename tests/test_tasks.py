@@ -190,7 +190,7 @@ def test_a_column_with_names_of_its_own_is_matched_by_name(place):
 
 
 BAD = [
-    ("three", "label", [0, 0.7], {}, "table has the label 0.0 in row 1; allowed is praise, blame"),
+    ("three", "label", [0, 0.7], {}, "table has the label 0.7 in row 2; allowed is praise, blame"),
     ("three", "label", [0, 3], {}, "has the label 3 in row 2; allowed is praise,"),
     ("three", "label", ["blame", "bad"], {}, "has the label 'bad' in row 2"),
     ("three", "label", [0, None], {}, "has no label in row 2"),
