@@ -27,7 +27,7 @@ RUNS = [
 ]
 
 
-def run(out, engine="processes"):
-    """Run it; how many tasks were done."""
+def run(out, engine="processes", runs=RUNS):
+    """Run it, or a part of it; how many tasks were done."""
     options = {"profile": PROFILE, "engine": engine, "progress": False}
-    return run_missing(RUNS, Workspace(str(out)), jobs=2, **options)
+    return run_missing(runs, Workspace(str(out)), jobs=2, **options)
