@@ -190,6 +190,16 @@ def _limits(mask):
     return f"{_WHOLE if _is_of_units(mask) else _SCATTERED}\n{_LIMITS}"
 
 # %% ../nbs/37_card.ipynb #7521d0f7
+def _learned_from(saved):
+    "The row that says which task the mask was trained for, and on which columns."
+    told = saved.training
+    if not told.get("task") or not told.get("text"):
+        return {}  # a file of an earlier version, or a loop of the user's own
+    read = " + ".join(f"`{told[name]}`" for name in ("text", "text_pair") if told.get(name))
+    label = f" -> `{told['label']}`" if told.get("label") else ""
+    return {"trained for": f"{told['task']}, on the columns {read}{label}"}
+
+
 def _file_table(path, saved):
     "What the file says of itself."
     mask = saved.mask
@@ -199,7 +209,7 @@ def _file_table(path, saved):
         "density (fraction kept)": f"{mask.density:.4f}",
         "SHA-256 of the file": f"`{file_sha256(path)}`",
         "hash of the base weights": f"`{saved.base_sha256}`",
-    }
+    } | _learned_from(saved)
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {row} |" for name, row in rows.items())])
 
 # %% ../nbs/37_card.ipynb #modules-code

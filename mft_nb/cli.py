@@ -22,9 +22,12 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from .files import need_extra, write_whole
+from .files import check_writable, need_extra, write_whole
 
 # %% ../nbs/38_cli.ipynb #f5badaa0
+_LONGEST_RANGE = 10_000
+
+
 def parse_numbers(
     field: str,  # name in the message
     text: str,  # such as "0" or "0,1,2" or "0-4"
@@ -35,6 +38,8 @@ def parse_numbers(
     try:
         for part in str(text).split(","):
             first, dash, last = part.partition("-")
+            if dash and int(last) - int(first) > _LONGEST_RANGE:
+                raise ValueError
             numbers += range(int(first), int(last) + 1) if dash else [int(first)]
     except ValueError:
         numbers = []
@@ -79,8 +84,8 @@ def _asked_training(recipe, **options):
     return replace(TrainConfig.recipe(recipe), **given)
 
 # %% ../nbs/38_cli.ipynb #3e653e69
-def _asked_tables(model, data, validation, split, subset, columns):
-    "One table or two, checked, each with its name; and the task that is learned from them."
+def _asked_tables(model, data, validation, split, subset, columns, trained=None):
+    "One table or two, checked, each with its name; the task that is learned from them; the config."
     from mft_nb.data import read_rows
     from mft_nb.model import load_config
     from mft_nb.tasks import find_task
@@ -94,28 +99,41 @@ def _asked_tables(model, data, validation, split, subset, columns):
     for source, part in sources:
         rows = read_rows(source, part.strip() or None, subset)
         if task is None:
+            columns = _with_trained(columns, trained or {}, rows.column_names, source)
             task = find_task(config, rows, **columns, what=source)
-            print(_columns_read(source, rows.column_names, task))
+            print(f"{source}: {task.reads(rows.column_names)}")
         else:
             find_task(config, rows, task, what=source)
         tables.append((source, task.checked(rows, config, source)))
-    return tables, task.of_checked
+    return tables, task, config
 
 
-def _columns_read(source, names, task):
-    "Which columns of a table are read, and which are not."
-    read = list(filter(None, (task.text, task.text_pair)))
-    label = f" -> {task.label}" if task.label else ""
-    left = ", ".join(name for name in names if name not in (*read, task.label))
-    return f"{source}: reads {' + '.join(read)}{label}" + (f"; not read: {left}" if left else "")
+def _with_trained(columns, trained, names, source):
+    "What is asked for, and for the rest what a mask was trained on, where the table has it."
+    found = dict(columns)
+    for fields in (("task",), ("text", "text_pair"), ("label",)):
+        known = {one: trained[one] for one in fields if isinstance(trained.get(one), str)}
+        if not known or any(columns[one] for one in fields):
+            continue
+        lost = [column for one, column in known.items() if one != "task" and column not in names]
+        if lost:
+            print(
+                f"{source} has no column {' or '.join(map(repr, lost))}, which the mask was "
+                "trained on, so the usual names are looked for."
+            )
+        else:
+            found |= known
+    return found
 
 
 def _check_tokens(model, tokenizer, tables, task, max_length):
-    "Refuse rows whose tokens do not fit the model."
+    "Refuse rows whose tokens do not fit the model; say once how many rows are cut."
+    from mft_nb.data import CutWarning
     from mft_nb.evaluate import check_fits
 
     for source, rows in tables:
         check_fits(model, task.tokens(rows, tokenizer, max_length, source))
+    warnings.simplefilter("ignore", CutWarning)  # until the command ends
 
 # %% ../nbs/38_cli.ipynb #held-code
 def _held_out(tables, seed):
@@ -138,6 +156,16 @@ def _held_out(tables, seed):
             "say nothing of new rows. Give --validation other rows."
         )
     return rows, held
+
+
+def _say_only_label(held, task, config):
+    "Say of rows to measure on that they have one label."
+    label = task.only_label(held, config)
+    if label is not None:
+        print(
+            f"All {len(held)} rows to measure on have the label {label}, so the numbers say "
+            "nothing of other labels. Give rows of all labels."
+        )
 
 
 def _both(rows, held):
@@ -171,14 +199,20 @@ def plain_errors(
 
     @functools.wraps(function)
     def command(*arguments, **keywords):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(line_buffering=True)  # in a pipe each line is seen at once, too
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _plain_warning
-                return function(*arguments, **keywords)
+                warnings.showwarning = functools.partial(_warn_plainly, function.__name__)
+                result = function(*arguments, **keywords)
+            print(end="", flush=True)
+            return result
         except KeyboardInterrupt:
             print(f"\nStopped. {stopped}", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
+            if _nobody_reads(error):
+                sys.exit(141)  # as other programs do in `... | head -1`
             if os.environ.get("MFT_TRACEBACK") or not _is_refusal(error, function):
                 raise
             message = " ".join(str(error).split())
@@ -186,11 +220,6 @@ def plain_errors(
             sys.exit(2)
 
     return command
-
-
-def _plain_warning(message, *_):
-    "Show a warning as one line."
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 # %% ../nbs/38_cli.ipynb #refusal-code
 _LIBRARY = Path(inspect.getfile(need_extra)).parent
@@ -208,6 +237,19 @@ def _is_refusal(error, function):
     return (beside or _LIBRARY in Path(file).parents) and line.startswith("raise ")
 
 
+def _warn_plainly(name, message, *_, **__):
+    "A warning in one line."
+    print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _nobody_reads(error):
+    "Whether a `print` failed, as who read it has gone; what is still to be printed goes nowhere."
+    if not isinstance(error, BrokenPipeError) or not _raised_at(error)[1].startswith("print("):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def _raised_at(error):
     "File and line of code where an error was raised, in a worker process too."
     worker = getattr(error.__cause__, "tb", None)  # its traceback, as text
@@ -217,6 +259,16 @@ def _raised_at(error):
 
 # %% ../nbs/38_cli.ipynb #5e0c41-1
 _UNFINISHED = "unfinished"  # the folder in out with the checkpoints of a run
+
+
+def _check_filled(options):
+    "Refuse an option that is given as an empty text."
+    for field, value in options.items():
+        if field != "target_modules" and isinstance(value, str) and not value.strip():
+            raise ValueError(
+                f"{field} is {value!r}, which is empty. Name something there, or leave the option "
+                "out."
+            )
 
 
 def _check_out(folder, overwrite, model=""):
@@ -233,6 +285,7 @@ def _check_out(folder, overwrite, model=""):
             f"out is {folder}, which holds a mask already. Name another folder, or give "
             "--overwrite to replace the mask."
         )
+    check_writable(folder)
 
 # %% ../nbs/38_cli.ipynb #check-resume
 def _check_resume(out, settings, config):
@@ -272,18 +325,30 @@ def _check_source(source):
 _STOPPED = "Give the same command again: it goes on from the last 100th step, or starts anew."
 
 
-def _fit_and_save(mft, tokenizer, rows, settings, out, **options):
+def _fit_and_save(mft, tokenizer, rows, settings, out, learned, **options):
     "Train the scores, write mask and history to a folder, and return the mask's path."
     from mft_nb.train import fit
 
     options |= {"folder": out / _UNFINISHED, "save_every": 100, "desc": "fit"}
     history = fit(mft, tokenizer, rows, settings, **options)
+    mft.trained_with |= learned.as_settings  # the table's own columns
     path = mft.save_pretrained(out)
     write_whole(out / "history.json", json.dumps(asdict(history)))
     _warn_of_old_card(out / "README.md")
     return path
 
 # %% ../nbs/38_cli.ipynb #old-card
+def _load(model, quiet):
+    "A model and its tokenizer, with or without a bar."
+    from transformers.utils.logging import disable_progress_bar
+
+    from mft_nb.model import load_model
+
+    if quiet:
+        disable_progress_bar()
+    return load_model(model)
+
+
 def _warn_of_old_card(card):
     "Say that a model card is of an earlier mask."
     if card.exists():
@@ -320,33 +385,33 @@ def mft_fit(
     quiet: bool = False,  # show no progress bar
 ):
     "Learn which weights of a model to switch off, and save the mask."
+    _check_filled(locals())
     need_extra("train", "mft_fit")
-    from transformers.utils.logging import disable_progress_bar
-
     from mft_nb.evaluate import evaluate
     from mft_nb.mask import MFT
-    from mft_nb.model import load_model
 
+    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
+    out = Path(out).expanduser()
     numbers = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     settings = _asked_training(recipe, **numbers, max_length=max_length, seed=seed)
     config = _asked_mask(recipe, keep, layers, target_modules, scope, seed)
     if resume:
-        _check_resume(Path(out), settings, config)
-    _check_out(Path(out), overwrite, model)
+        _check_resume(out, settings, config)
+    _check_out(out, overwrite, model)
     _check_source(model)
-    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
-    tables, task = _asked_tables(model, data, validation, split, subset, columns)
+    tables, learned, about = _asked_tables(model, data, validation, split, subset, columns)
+    task = learned.of_checked
     train_rows, held = _held_out(tables, seed)
-    if quiet:
-        disable_progress_bar()  # also that of loading weights
-    base, tokenizer = load_model(model)
+    task.check_labels(train_rows, about, data)
+    _say_only_label(held, task, about)
+    base, tokenizer = _load(model, quiet)
     mft = MFT(base, config)  # settings that do not fit the model are refused here
     mft.print_trainable_parameters()
     _check_tokens(base, tokenizer, tables, task, max_length)
     before = evaluate(mft.unload(), tokenizer, held, task, max_length)
     mft = MFT(base, config)
     options = {"task": task, "kept": keep_activations, "progress": not quiet}
-    path = _fit_and_save(mft, tokenizer, train_rows, settings, Path(out), **options)
+    path = _fit_and_save(mft, tokenizer, train_rows, settings, out, learned, **options)
     print(f"{task.name}: {len(held)} held-out rows, {len(train_rows)} trained on")
     print(_describe(before, evaluate(mft.model, tokenizer, held, task, max_length), task.name))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
@@ -358,6 +423,17 @@ def _check_new_folder(out):
         raise ValueError(f"out is {out}, which is a file. Name a folder.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"out is {out}, which exists and is not empty. Name a new folder.")
+    check_writable(out.resolve().parent if out.exists() else out)
+
+
+def _check_needs_data(**options):
+    "Refuse what says how to read a table where there is none."
+    for field, value in options.items():
+        if value:
+            raise ValueError(
+                f"{field} is {value!r}, and data is not given, so nothing is measured. Give "
+                f"--data, or leave out --{field}."
+            )
 
 
 def _measure(mft, tokenizer, tables, task):
@@ -365,6 +441,8 @@ def _measure(mft, tokenizer, tables, task):
     from mft_nb.evaluate import evaluate
 
     length = mft.trained_with.get("max_length", 128)
+    origin = "as in the training" if "max_length" in mft.trained_with else "the default"
+    print(f"max_length: {length} tokens, {origin}")
     _check_tokens(mft.model, tokenizer, tables, task, length)
     (_, rows), = tables
     after = evaluate(mft.model, tokenizer, rows, task, length)
@@ -372,16 +450,17 @@ def _measure(mft, tokenizer, tables, task):
     print(_describe(before, after, task.name))
 
 
-def _asked_rows(model, data, split, subset, columns):
+def _asked_rows(model, data, split, subset, columns, trained):
     "The one table to measure on, checked, with its name, and the task; nothing without data."
     if not data:
         return [], None
     if "," in (split or ""):
         raise ValueError(f"split is {split!r}; allowed is one name here. Name one split.")
-    tables, task = _asked_tables(model, data, None, split, subset, columns)
+    tables, task, about = _asked_tables(model, data, None, split, subset, columns, trained)
     if len(tables[0][1]) < 2:
         raise ValueError(f"{data} has 1 row to measure on; give at least 2.")
-    return tables, task
+    _say_only_label(tables[0][1], task.of_checked, about)
+    return tables, task.of_checked
 
 # %% ../nbs/38_cli.ipynb #shrink-parts
 def _check_prunes_units(mask, path):
@@ -411,7 +490,7 @@ def mft_apply(
     mask: str,  # folder or file that mft_fit wrote
     out: str = None,  # folder for the masked or smaller model (new or empty)
     data: str = None,  # table, as for mft_fit: measure before and after
-    task: str = None,  # as for mft_fit, and so are the next five
+    task: str = None,  # as for mft_fit; default of this and the next three: as in the training
     text: str = None,  # column with the text, words or prompt
     text_pair: str = None,  # column with a second text
     label: str = None,  # column with the label or answer
@@ -420,26 +499,30 @@ def mft_apply(
     shrink: bool = False,  # write the model without the neurons and heads that the mask prunes
 ):
     "Put a saved mask on its model: write the masked or a smaller model, measure it, or both."
+    _check_filled(locals())
     need_extra("train", "mft_apply")
     from mft_nb.mask import MASK_FILE, MFT
     from mft_nb.mask_file import load_mask
     from mft_nb.model import load_model
 
+    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
+    out = out and Path(out).expanduser()
     if shrink and not out:
         raise ValueError("shrink is given, but out is not; name a folder for the smaller model.")
     if not out and not data:
         raise ValueError(
             "Neither out nor data is given; name a folder for the masked model, a table, or both."
         )
+    if not data:
+        _check_needs_data(**columns, split=split, subset=subset)
     if out:
-        _check_new_folder(Path(out))
+        _check_new_folder(out)
     _check_source(model)
     path = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
     saved = load_mask(path)
     if shrink:
         _check_prunes_units(saved.mask, path)
-    columns = {"task": task, "text": text, "text_pair": text_pair, "label": label}
-    tables, task = _asked_rows(model, data, split, subset, columns)
+    tables, task = _asked_rows(model, data, split, subset, columns, saved.training)
     base, tokenizer = load_model(model)
     mft = MFT.from_pretrained(base, path)
     print(mft.bitmask())
@@ -449,7 +532,7 @@ def mft_apply(
         mft = MFT.from_pretrained(base, path)
     if out:
         made, kind = (smaller, "smaller") if shrink else (mft.merge_and_unload(), "masked")
-        _save_model(made, tokenizer, Path(out))
+        _save_model(made, tokenizer, out)
         print(f"{kind} model in {out}")
 
 # %% ../nbs/38_cli.ipynb #c8cb28-1

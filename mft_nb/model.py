@@ -7,6 +7,7 @@ __all__ = ['HEADS', 'KNOWN_MODELS', 'load_classifier', 'head_of', 'load_config',
 
 # %% ../nbs/29_model.ipynb #need-model
 from .files import cache_folder, check_sha256, fetch_archive, need_extra, whole
+from .hub import ask_hub
 
 # %% ../nbs/29_model.ipynb #need-model-1
 need_extra("train", "mft_nb.model")
@@ -55,6 +56,7 @@ def _load(found, source, seed, auto_class="AutoModelForSequenceClassification"):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is wanted here, not worth a warning
     try:
+        _ask(found)
         config = transformers.AutoConfig.from_pretrained(found)
         tokenizer = transformers.AutoTokenizer.from_pretrained(found)
         with _seeded(seed):
@@ -67,6 +69,12 @@ def _load(found, source, seed, auto_class="AutoModelForSequenceClassification"):
     finally:
         logging.set_verbosity(verbosity)
     return config, tokenizer, model, loading["missing_keys"]
+
+
+def _ask(found):
+    "Refuse a hub id at once where the hub is out of reach."
+    if not Path(found).is_dir():
+        ask_hub(found, "config.json")
 
 
 def _not_loaded(source, error):
@@ -120,6 +128,7 @@ def load_config(
     found = _locate(source)
     _check_tokenizer(found)
     try:
+        _ask(found)
         config = AutoConfig.from_pretrained(found)
     except (OSError, ValueError) as error:
         raise _not_loaded(source, error) from None

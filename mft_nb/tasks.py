@@ -22,7 +22,7 @@ from datasets import Dataset
 from fastcore.basics import patch
 from transformers import DataCollatorWithPadding
 
-from .data import check_tokenizer, tokenise
+from .data import check_tokenizer, tokenise, warn_of_cut
 from .labels import allowed_label, label_reader
 from .model import head_of
 
@@ -73,6 +73,22 @@ class Task:
     def writes(self) -> bool:
         "Whether the model is to write an answer, which can be compared with the right one."
         return self.name == "seq2seq" or (self.name == "causal-lm" and self.label is not None)
+
+    @property
+    def as_settings(self) -> dict[str, str | None]:
+        "Task and columns as plain values, as a mask file keeps them."
+        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        return {"task": self.name, **columns}
+
+    def reads(
+        self,
+        names: list[str],  # of a table's columns
+    ) -> str:
+        "Which columns of a table are read, and which are not."
+        read = list(filter(None, (self.text, self.text_pair)))
+        label = f" -> {self.label}" if self.label else ""
+        left = ", ".join(name for name in names if name not in (*read, self.label))
+        return f"reads {' + '.join(read)}{label}" + (f"; not read: {left}" if left else "")
 
     @property
     def of_checked(self) -> "Task":
@@ -200,12 +216,30 @@ def _columns(name, rows, what, text, text_pair, label):
                 f"{field} is {column!r}, which is no column of {what}; its columns are {known}: "
                 f"{_WANTED.format(field=field)}"
             )
+    _check_apart({"text": text, "text_pair": text_pair, "label": label}, what, known)
     return text, text_pair, label
+
+# %% ../nbs/30_tasks.ipynb #usual-code
+def _check_apart(columns, what, known):
+    "Refuse one column for two things."
+    read = {}
+    for field, column in columns.items():
+        if column and column in read:
+            raise ValueError(
+                f"{field} is {column!r}, and so is {read[column]}; allowed are two columns. The "
+                f"columns of {what} are {known}: {_WANTED.format(field=field)}"
+            )
+        read[column] = field
 
 
 def _usual(field, names, known, what, pairs=False):
-    "The first of the usual names that is a column."
-    found = next((name for name in names if name in known), None)
+    "The one of the usual names that is a column."
+    found, *more = [name for name in names if name in known] or [None]
+    if more:
+        raise ValueError(
+            f"{what} has the columns {' and '.join(map(repr, (found, *more)))}, and which of them "
+            f"is the {field} is not said: {_WANTED.format(field=field)}"
+        )
     if found is None:
         raise ValueError(
             f"{what} has no column {' or '.join(map(repr, names))}; its columns are {known}: "
@@ -275,6 +309,41 @@ def _check_as_many(columns, what):
                 "one tag for each word, and at least one word. Correct it, or leave the row out."
             )
 
+# %% ../nbs/30_tasks.ipynb #one-label-code
+@patch
+def only_label(
+    self: Task,
+    rows: Dataset,  # from `checked`
+    model: Any,  # or its configuration: the names of the classes
+) -> str | None:  # None: there are several, or the labels are texts
+    "The one label that all rows have."
+    if self.kind.head not in ("sequence", "token") or "label" not in rows.column_names:
+        return None
+    labels = rows["label"][:]
+    if self.kind.head == "token":
+        labels = [tag for tags in labels for tag in tags]
+    if any(label != labels[0] for label in labels):
+        return None
+    names = getattr(getattr(model, "config", model), "id2label", None) or {}
+    number = isinstance(labels[0], int)
+    return str(names.get(labels[0], labels[0]) if number else labels[0])
+
+# %% ../nbs/30_tasks.ipynb #check-labels-code
+@patch
+def check_labels(
+    self: Task,
+    rows: Dataset,  # from `checked`, to learn from
+    model: Any,  # or its configuration
+    what: str = "rows",  # how a message calls the rows
+) -> None:
+    "Refuse, with a ValueError, rows that all have one label."
+    label = self.only_label(rows, model)
+    if label is not None:
+        raise ValueError(
+            f"{what} has the label {label} in all of its {len(rows)} rows to learn from; allowed "
+            "are two labels or more, or there is nothing to learn. Add rows with another one."
+        )
+
 # %% ../nbs/30_tasks.ipynb #tokens-code
 _IGNORED = -100  # as in the losses of transformers
 
@@ -284,13 +353,13 @@ def tokens(
     self: Task,
     rows: Dataset,  # from `checked`
     tokenizer: Any,  # of the model
-    max_length: int = 128,  # tokens of a text; what follows is left out
+    max_length: int = 128,  # tokens of a text; what follows is left out, with a CutWarning
     what: str = "rows",  # how a message calls the rows
 ) -> Dataset:  # input_ids, attention_mask, length and, if given, labels
     "Tokens and labels, unpadded, as the model takes them."
     _check_padding(self, tokenizer)
     if self.kind.head == "sequence":
-        return _of_sentences(rows, tokenizer, max_length)
+        return _of_sentences(rows, tokenizer, max_length, what)
     make = {"token": _of_words, "causal": _of_text, "seq2seq": _of_both}[self.kind.head]
     columns = make(rows, tokenizer, max_length, what)
     columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
@@ -309,16 +378,17 @@ def _check_padding(task, tokenizer):
         )
 
 
-def _of_sentences(rows, tokenizer, max_length):
+def _of_sentences(rows, tokenizer, max_length, what):
     "Tokens of one text a row, or of two."
     if "pair" not in rows.column_names:
         labels = rows["label"][:] if "label" in rows.column_names else []
         if not labels or isinstance(labels[0], int):
-            return tokenise(rows, tokenizer, max_length)
-        found = tokenise(rows.remove_columns("label"), tokenizer, max_length)
+            return tokenise(rows, tokenizer, max_length, what)
+        found = tokenise(rows.remove_columns("label"), tokenizer, max_length, what)
         return found.add_column("labels", labels)
     options = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
     encoded = tokenizer(rows["sentence"][:], rows["pair"][:], **options)
+    warn_of_cut(what, max_length, encoded)
     names = ("input_ids", "attention_mask", "token_type_ids")
     columns = {name: encoded[name] for name in names if name in encoded}
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
@@ -341,6 +411,7 @@ def _of_words(rows, tokenizer, max_length, what):
         raise ValueError(
             "The tokenizer takes no lists of words as it is. Save it with add_prefix_space=True."
         ) from None
+    warn_of_cut(what, max_length, encoded)
     columns = {"input_ids": encoded["input_ids"]}
     if "label" in rows.column_names:
         columns["labels"] = [
@@ -362,7 +433,9 @@ def _first_tokens(words, tags):
 def _of_text(rows, tokenizer, max_length, what):
     "Tokens of texts, or of prompts and their answers."
     if "label" not in rows.column_names:
-        ids = tokenizer(rows["sentence"][:], truncation=True, max_length=max_length)["input_ids"]
+        encoded = tokenizer(rows["sentence"][:], truncation=True, max_length=max_length)
+        warn_of_cut(what, max_length, encoded)
+        ids = encoded["input_ids"]
         short = next((number for number, row in enumerate(ids, 1) if len(row) < 2), 0)
         if short:
             raise ValueError(
@@ -399,10 +472,11 @@ def _open_end(ids, tokenizer):
 def _of_both(rows, tokenizer, max_length, what):
     "Tokens of texts, and of the texts to write."
     options = {"truncation": True, "max_length": max_length}
-    columns = {"input_ids": tokenizer(rows["sentence"][:], **options)["input_ids"]}
+    encoded = {"input_ids": tokenizer(rows["sentence"][:], **options)}
     if "label" in rows.column_names:
-        columns["labels"] = tokenizer(text_target=rows["label"][:], **options)["input_ids"]
-    return columns
+        encoded["labels"] = tokenizer(text_target=rows["label"][:], **options)
+    warn_of_cut(what, max_length, *encoded.values())
+    return {name: part["input_ids"] for name, part in encoded.items()}
 
 # %% ../nbs/30_tasks.ipynb #collator-code
 class _PadRight:

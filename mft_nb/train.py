@@ -39,6 +39,10 @@ from .tasks import Task, find_task
 from .trainer import EpochSampler, MaskTrainer, quiet_arguments, same_config
 
 # %% ../nbs/36_train.ipynb #4cce46f1
+_MOST = 2**31 - 1  # what the libraries below take as a whole number
+_MOST_EPOCHS = 1_000_000
+
+
 @name_fields
 @dataclass(frozen=True)
 class TrainConfig:
@@ -61,14 +65,14 @@ class TrainConfig:
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("optimizer", self.optimizer, ("adamw", "adafactor"))
         check_number("learning_rate", self.learning_rate, 0, above=True)
-        check_number("epochs", self.epochs, 0, above=True)
-        check_number("max_steps", self.max_steps, 0, whole=True)
-        check_number("batch_size", self.batch_size, 1, whole=True)
-        check_number("warmup_steps", self.warmup_steps, 0, whole=True)
+        check_number("epochs", self.epochs, 0, _MOST_EPOCHS, above=True)
+        check_number("max_steps", self.max_steps, 0, _MOST, whole=True)
+        check_number("batch_size", self.batch_size, 1, _MOST, whole=True)
+        check_number("warmup_steps", self.warmup_steps, 0, _MOST, whole=True)
         check_number("warmup_ratio", self.warmup_ratio, 0, 1)
         check_number("weight_decay", self.weight_decay, 0)
         check_number("max_grad_norm", self.max_grad_norm, 0)
-        check_number("max_length", self.max_length, 3, whole=True)
+        check_number("max_length", self.max_length, 3, _MOST, whole=True)
         check_number("seed", self.seed, 0, 2**32 - 1, whole=True)
 
 # %% ../nbs/36_train.ipynb #recipe-code
@@ -191,7 +195,10 @@ class _Trainer(MaskTrainer):
 # %% ../nbs/36_train.ipynb #training-tokens
 def _tokens(task, model, tokenizer, rows, max_length, what="rows"):
     "The tokens of rows, when they are fit for the task and the model."
-    tokens = task.tokens(task.checked(rows, model, what), tokenizer, max_length, what)
+    rows = task.checked(rows, model, what)
+    if what == "rows":
+        task.check_labels(rows, model, what)
+    tokens = task.tokens(rows, tokenizer, max_length, what)
     check_fits(model, tokens)
     return tokens
 
@@ -334,7 +341,7 @@ def fit(
     options = {"measure": measure} | options
     options["context"] = (options.get("context") or {}) | {"mask": mft.config.to_dict()}
     history = train(mft.model, tokenizer, rows, config, **options)
-    mft.trained_with = asdict(config)
+    mft.trained_with = asdict(config) | task.as_settings
     return history
 
 # %% ../nbs/36_train.ipynb #fit-arguments

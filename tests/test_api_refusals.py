@@ -200,6 +200,6 @@ def test_a_command_shows_a_warning_as_one_line(capsys):
         warnings.warn("The mask prunes\nall of it.", stacklevel=1)
 
     command()
-    assert capsys.readouterr().err == "warning: The mask prunes all of it.\n"
+    assert capsys.readouterr().err == "command: warning: The mask prunes all of it.\n"
     with pytest.warns(UserWarning, match="outside"):  # as before, once the command has ended
         warnings.warn("outside", stacklevel=1)

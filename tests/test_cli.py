@@ -2,6 +2,9 @@
 
 import functools
 import json
+import subprocess
+import sys
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -50,6 +53,13 @@ def files(tmp_path_factory):
     (folder / "labels.csv").write_text("sentence,label\ngood,yes\n")
     (folder / "few.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (folder / "commas.csv").write_text("sentence,label\ngood, really,1\nbad, bad,0\n")
+    lines = [f"film {number} is fine,1" for number in range(20)]
+    (folder / "alike.csv").write_text("\n".join(["text,label", *lines]))
+    (folder / "both.csv").write_text("text,sentence,label\ngood,fine,1\n")
+    (folder / "twice.csv").write_text("text,label,label\ngood,1,0\n")
+    (folder / "semicolon.csv").write_text("text;label\ngood, really;1\n")
+    (folder / "latin.csv").write_bytes("text,label\ngood,1\ncafé,1\n".encode("latin-1"))
+    (folder / "twice.jsonl").write_text('{"text": "good", "label": 1, "label": 0}\n')
     three = BertConfig(num_hidden_layers=3, num_labels=3, **SIZES)
     for name in ("three", "mute"):
         BertForSequenceClassification(three).save_pretrained(folder / name)
@@ -69,7 +79,7 @@ def test_help_explains_every_option(command):
 
 BAD_FITS = [
     ({"data": "{files}/none.csv"}, "No file"),
-    ({"data": "{files}/empty.csv"}, "cannot be read"),
+    ({"data": "{files}/empty.csv"}, "empty.csv is empty; allowed is a header line"),
     ({"data": "{files}/header.csv"}, "no rows"),
     ({"data": "{files}/column.csv"}, "no column 'sentence' or 'text'; its columns are ['film'"),
     ({"data": "{files}/labels.csv"}, "has the label 'yes' in row 1; allowed is LABEL_0, LABEL_1"),
@@ -100,6 +110,22 @@ BAD_FITS = [
     ({"layers": "0-1", "keep_activations": True}, "there is nothing below it to keep"),
     ({"model": "no/such/folder"}, "No folder no/such/folder, and it has not the shape of a hub id"),
     ({"model": "my model"}, "No folder my model, and it has not the shape of a hub id"),
+    ({"data": "{files}/both.csv"}, "has the columns 'sentence' and 'text', and which of them is"),
+    ({"data": "{files}/twice.csv"}, "twice.csv has 2 columns with the name 'label'"),
+    ({"data": "{files}/twice.jsonl"}, "row 1 is not JSON (an object has the name 'label' twice)"),
+    ({"data": "{files}/alike.csv"}, "has the label LABEL_1 in all of its 18 rows to learn from"),
+    ({"data": "{files}/semicolon.csv"}, "so its separator looks like ';'; allowed are ',' in"),
+    ({"data": "{files}/latin.csv"}, "latin.csv is not in UTF-8: line 3 has the byte 0xe9"),
+    ({"label": "sentence"}, "label is 'sentence', and so is text"),
+    ({"text": "sentence", "text_pair": "sentence"}, "text_pair is 'sentence', and so is text"),
+    ({"subset": "sst2"}, "is a file or folder here; allowed for a data set of the hub"),
+    ({"out": ""}, "out is '', which is empty"),
+    ({"validation": " "}, "validation is ' ', which is empty"),
+    ({"out": "{files}/rows.csv/new"}, "rows.csv: Not a directory. Name a folder in another"),
+    ({"batch_size": 10**30}, "allowed is a whole number, 1 or more and at most 2147483647"),
+    ({"max_length": 10**30}, "allowed is a whole number, 3 or more and at most 2147483647"),
+    ({"epochs": 1e30}, "epochs is 1e+30; allowed is a number, above 0 and at most 1000000"),
+    ({"layers": "0-999999999999"}, "layers is '0-999999999999'; allowed are whole numbers"),
 ]
 
 
@@ -119,6 +145,30 @@ def test_fit_without_hub(files, tmp_path, capsys, monkeypatch):
     check_refusal(status, said, "No model could be loaded from 'nobody/no-such-model'")
     assert "nobody/no-such-model is no folder here" in said and "asking the hub" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_without_network_a_name_is_refused_at_the_first_try(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9")  # nobody
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
+    options = {"model": str(files / "model"), "data": str(files / "rows.csv")}
+    for field in options:
+        change = {field: "nobody/misspelt", "out": str(tmp_path / "out")}
+        status, said = call_here("mft_fit", capsys, **options | change)
+        check_refusal(status, said, "the hub cannot be reached (ConnectError), and nobody/misspelt")
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word(tmp_path):
+    (tmp_path / "say.py").write_text(
+        "from mft_nb.cli import plain_errors\n\n\n@plain_errors\ndef say():\n"
+        "    for number in range(9999):\n        print(number)\n\n\nsay()\n"
+    )
+    command = [sys.executable, str(tmp_path / "say.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_name_that_no_hub_has_is_refused_before_the_loader(files, tmp_path, capsys, monkeypatch):
@@ -297,6 +347,8 @@ def test_apply_refuses(files, tmp_path, capsys):
         ({"out": None}, "Neither out nor data is given"),
         ({"out": str(tmp_path / "mask.safetensors")}, "which is a file. Name a folder."),
         ({"out": str(tmp_path)}, "which exists and is not empty"),
+        ({"out": ""}, "out is '', which is empty"),
+        ({"text": "review"}, "text is 'review', and data is not given, so nothing is measured"),
     ):
         status, said = call_here("mft_apply", capsys, mask=str(tmp_path), **options | change)
         check_refusal(status, said, expected)

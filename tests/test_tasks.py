@@ -1,6 +1,7 @@
 """Any task from any table: learned, measured, applied; or refused with file and row."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -110,8 +111,12 @@ def test_a_task_from_its_table(name, place, tmp_path, capsys):
     assert f"\n{metric} (" in said and said.count("before: ") == said.count("paired: ") >= 1
     history = json.loads((out / "history.json").read_text())
     assert history["measured"] == [] and all(np.isfinite(loss) for _, loss in history["loss"])
-    cli.mft_apply(mask=str(out), split="test" if split else None, **about)
+    assert load_mask(out / "mask.safetensors").training.items() >= columns.items()
+    kept = {field: about[field] for field in ("model", "data")}  # the mask knows its columns
+    cli.mft_apply(mask=str(out), split="test" if split else None, **kept)
     applied = capsys.readouterr().out
+    assert applied.splitlines()[0] == said.splitlines()[0]  # what is read
+    assert "max_length: 128 tokens, as in the training" in applied
     assert f"\n{metric} (" in applied and "n = " in applied
     base = MFT(load_model(place / model)[0], MaskConfig.recommended()).bitmask()
     assert (base ^ load_mask(out / "mask.safetensors").mask).kept > 0  # something was learned
@@ -235,6 +240,7 @@ def test_a_data_set_of_the_hub(place, monkeypatch, capsys):
         return DatasetDict({"test": Dataset.from_dict({"text": ["fine"], "label": [0]})})
 
     monkeypatch.setattr(data, "load_dataset", from_hub)
+    monkeypatch.setattr(data, "ask_hub", lambda *_: None)
     assert data.read_rows("nyu-mll/glue", subset="sst2")["text"][:] == ["fine"]
     options = {"model": str(place / "three"), "data": "nyu-mll/glue", "out": "nowhere"}
     status, said = call_here(cli.mft_fit, capsys, **options)
@@ -244,6 +250,7 @@ def test_a_data_set_of_the_hub(place, monkeypatch, capsys):
 
 def test_a_card_names_the_task_and_its_metric(place, tmp_path):
     mft = MFT(load_model(place / "writer")[0], MaskConfig.recommended())
+    mft.trained_with = Task("causal-lm", "ask", label="said").as_settings
     tokens = np.ones((9, 1))
     losses = [{"loss": np.concatenate([np.full((9, 1), loss), tokens], 1)} for loss in (4.0, 3.0)]
     (result,) = compare_all(*losses, task="causal-lm")
@@ -255,6 +262,7 @@ def test_a_card_names_the_task_and_its_metric(place, tmp_path):
     assert "| with the mask | 3.000 [3.000, 3.000], 95 % interval, n = 9 |" in card.text
     assert "The difference is -1.000" in card.text and "better with the mask" in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "| trained for | causal-lm, on the columns `ask` -> `said` |" in card.text
 
 
 def test_a_command_says_what_it_reads_and_when_rows_are_on_both_sides(place, tmp_path, capsys):
@@ -285,6 +293,36 @@ def test_what_new_users_got_wrong_is_refused(wrong, told, place, tmp_path, capsy
     with pytest.raises(SystemExit):
         cli.mft_fit(**asked | places)
     assert told in capsys.readouterr().err
+
+
+def test_rows_that_are_cut_are_counted(place):
+    long, words = "very " * 60, ["very"] * 60
+    for name, task, rows in (
+        ("three", Task("classification", text_pair="pair"), {"sentence": ["a", "a"]}),
+        ("three", Task("classification"), {"sentence": [long, "a"]}),
+        ("tagger", Task("token-classification"), {"sentence": [words, ["a"]]}),
+        ("writer", Task("causal-lm", label=None), {"sentence": [long, "a b"]}),
+        ("summary", Task("seq2seq"), {"sentence": ["a", "a"], "label": [long, "a"]}),
+    ):
+        rows |= {"pair": [long, "a"]} if task.text_pair else {}
+        tokenizer = AutoTokenizer.from_pretrained(place / name)
+        with pytest.warns(data.CutWarning, match="t.csv: 1 of 2 rows are longer than max"):
+            tokens = task.tokens(Dataset.from_dict(rows), tokenizer, 9, "t.csv")
+        assert max(tokens["length"]) <= 9
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # as long as allowed is not too long
+            task.tokens(Dataset.from_dict(rows), tokenizer, 200)
+
+
+def test_rows_with_one_label_are_not_trained_on(place):
+    model, tokenizer = load_model(place / "three")
+    rows = Dataset.from_dict({"text": ["fine", "dull"], "label": [1, 1]})
+    with pytest.raises(ValueError, match="rows has the label blame in all of its 2 rows"):
+        fit(MFT(model), tokenizer, rows)
+    alike = Dataset.from_dict({"sentence": [["a"], ["b", "c"]], "label": [[0], [0, 0]]})
+    assert Task("token-classification").only_label(alike, load_model(place / "tagger")[0]) == "O"
+    texts = Dataset.from_dict({"sentence": ["a", "b"], "label": ["yes", "yes"]})
+    assert Task("causal-lm").only_label(texts, model) is None
 
 
 def test_a_model_without_names_of_its_own_is_told_where_to_set_them():
