@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'NOTE_FILE', 'Checkpoint', 'write_model', 'read_checkpoint', 'checkpoints_done',
-           'fine_tune_checkpoints']
+           'fine_tune_checkpoints', 'tuning_asked']
 
 # %% ../../nbs/study/04_checkpoints.ipynb #need-checkpoints
 from ..files import need_extra, remove_folder, remove_parts, whole, write_whole
@@ -16,6 +16,7 @@ need_extra("train", "mft_nb.study.checkpoints")
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,11 @@ def _offer(self: _TakeCheckpoints, name, reached, step, distance):
 # %% ../../nbs/study/04_checkpoints.ipynb #e634dba1
 def checkpoints_done(
     folder: str | Path,  # of one seed's checkpoints
-) -> bool:  # whether all three are there
+    names: Iterable[str] = tuple(CHECKPOINTS),  # of the checkpoints
+) -> bool:  # whether all of them are there
     "Whether all checkpoints and the curve of their training are there."
     folder = Path(folder)
-    models = all((folder / name / NOTE_FILE).exists() for name in CHECKPOINTS)
+    models = all((folder / name / NOTE_FILE).exists() for name in names)
     return models and (folder / "fine_tuning.json").exists()
 
 
@@ -166,7 +168,7 @@ def fine_tune_checkpoints(
     if (folder / "fine_tuning.json").exists() and not checkpoints_done(folder):
         remove_folder(folder)  # complete once, but a checkpoint was deleted
     evaluated_every = [early_every, late_every]
-    same_run(folder, _asked(source, rows, validation, config, evaluated_every))
+    same_run(folder, tuning_asked(source, rows, validation, config, evaluated_every))
     if not checkpoints_done(folder):
         remove_parts(folder)  # left by a run that was killed while writing
         options = {"save_every": save_every, "progress": progress, "position": position}
@@ -174,8 +176,14 @@ def fine_tune_checkpoints(
     return {name: read_checkpoint(folder / name) for name in CHECKPOINTS}
 
 # %% ../../nbs/study/04_checkpoints.ipynb #4bd7a631
-def _asked(source, rows, validation, config, evaluated_every):
-    "What a fine-tuning was asked, as plain values."
+def tuning_asked(
+    source: str | Path,  # of the model
+    rows: Dataset,  # training rows: columns sentence, label
+    validation: Dataset,  # the same columns
+    config: TrainConfig,  # how to fine-tune
+    evaluated_every: list[int],  # steps between evaluations, early and late
+) -> dict[str, Any]:  # plain values; of rows a hash
+    "What a fine-tuning was asked, so that only the same one goes on in its folder."
     asked = {"source": str(source), "looks": evaluated_every, **asdict(config)}
     for name, split in (("rows", rows), ("validation", validation)):
         listed = repr([split["sentence"][:], split["label"][:]])

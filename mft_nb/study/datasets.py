@@ -25,6 +25,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from ..data import read_table
+from .lm_tasks import LM_TASKS, lm_rows
 
 # %% ../../nbs/study/03_datasets.ipynb #1ee01ee1
 SNIPPETS = {
@@ -196,40 +197,43 @@ def more_test(
 # %% ../../nbs/study/03_datasets.ipynb #0be912a3
 def fingerprint(
     data: DatasetDict,  # splits with columns sentence, label
-) -> dict:  # by split rows and the fraction that is positive; sha256 over all rows in order
+) -> dict:  # by split rows and, of classes, the fraction positive; sha256 over all rows in order
     "What identifies the data of a run."
     digest = hashlib.sha256()
     splits = {}
     for name in ("train", "validation", "test"):
-        split = data[name]
-        for sentence, label in zip(split["sentence"], split["label"], strict=True):
+        labels = data[name]["label"][:]
+        for sentence, label in zip(data[name]["sentence"], labels, strict=True):
             digest.update(f"{name}\t{sentence}\t{label}\n".encode())
-        splits[name] = {"rows": len(split), "positive": round(float(np.mean(split["label"])), 4)}
+        splits[name] = {"rows": len(labels)}
+        if isinstance(labels[0], int):
+            splits[name]["positive"] = round(float(np.mean(labels)), 4)
     return {"splits": splits, "sha256": digest.hexdigest()}
 
 # %% ../../nbs/study/03_datasets.ipynb #774f3927
 def load_data(
-    name: str,  # "snippets", "sst2" or "sst2_held"
+    name: str,  # "snippets", "sst2", "sst2_held", or one of `LM_TASKS`
     folder: str | Path | None = None,  # for SST-2: GLUE's files
 ) -> DatasetDict:  # splits train, validation, test; columns sentence, label
     "One of the known data sets, by name."
-    if name == "snippets":
+    if name == "snippets" or name in LM_TASKS:
         if folder:
             raise ValueError(
-                f"folder is {str(folder)!r}, but the snippets come from their package. Leave it "
+                f"folder is {str(folder)!r}, but {name} is made without files of yours. Leave it "
                 "out; it goes with sst2 only."
             )
-        return load_snippets()
+        return load_snippets() if name == "snippets" else lm_rows(name)
     if name == "sst2":
         return load_sst2(folder)
     if name == "sst2_held":
         return more_test(load_sst2(folder, validation=3000), 1000)
-    raise ValueError(f"data is {name!r}; known are 'snippets', 'sst2' and 'sst2_held'.")
+    known = ["snippets", "sst2", "sst2_held", *LM_TASKS]
+    raise ValueError(f"data is {name!r}; known are {', '.join(known)}.")
 
 # %% ../../nbs/study/03_datasets.ipynb #3aef1579
 @lru_cache(maxsize=2)
 def load_once(
-    name: str,  # "snippets" or "sst2"
+    name: str,  # as above
     folder: str | Path | None = None,  # for sst2: GLUE's files
 ) -> tuple[DatasetDict, dict]:  # the data, and its fingerprint
     "A data set and its fingerprint, loaded once a process."
