@@ -72,7 +72,7 @@ def compare_text(
 @call_parse
 @plain_errors
 def mft_reproduce(
-    profile: str = "embedded",  # embedded, sst2, base or bert
+    profile: str = "embedded",  # embedded, sst2, base, bert, units, lm or lm_sums
     data: str = None,  # folder with SST-2's train.tsv, dev.tsv (default: MFT_SST2_DIR, or the hub)
     seeds: str = "0",  # such as 0 or 0,1,2 or 0-4
     out: str = "reproduction",  # folder for results/, figures/ and checkpoints/
@@ -85,6 +85,7 @@ def mft_reproduce(
     "Run what is missing of a profile's experiment, print its table and draw its figures."
     need_extra("train", "mft_reproduce")
     need_extra("study", "mft_reproduce")
+    from mft_nb.study.lm_contrasts import print_lm
     from mft_nb.study.plan import Workspace
     from mft_nb.study.runner import run_missing
 
@@ -93,7 +94,10 @@ def mft_reproduce(
     workspace = Workspace(out, data)
     _announce(profile, runs, workspace, chosen.precision)
     run_missing(runs, workspace, jobs, chosen, engine=engine)
-    print_results(workspace.records(profile), Path("results") / profile)
+    if chosen.task == "causal-lm":
+        print_lm(workspace.records(profile))
+    else:
+        print_results(workspace.records(profile), Path("results") / profile)
     _draw_newer(Path(out) / "results", Path(out) / "figures")
 
 # %% ../../nbs/study/28_cli.ipynb #ffba10bd
@@ -241,6 +245,9 @@ def mft_results(
 ):
     "Say how complete the published grid is, print every table and draw every figure; no training."
     need_extra("train", "mft_results")
+    from mft_nb.study.lm_contrasts import print_lm
+    from mft_nb.study.names import LM_NAMES
+
     status = grid_status(results)
     print(status.to_string(index=False))
     left = int((status.runs - status.done).sum())
@@ -249,6 +256,9 @@ def mft_results(
         folder = Path(results) / profile
         if any((folder / "units").glob("seed*.json")):
             _print_curve(folder)
+        elif profile in LM_NAMES and folder.is_dir():
+            print(f"\n{profile}")
+            print_lm(folder)
         elif any(folder.glob("seed*.json")):
             _print_profile(folder)
     mft_figures(results, figures)

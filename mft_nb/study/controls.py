@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..bitmask import BitMask
 from ..fraction import kept_count
 from ..freeze import Frozen
+from ..model import head_of
 from .gradient import toward_zero
 from ..targets import maskable_weights
 from ..topk import top_k
@@ -98,7 +99,9 @@ def add_lora(
     from peft import LoraConfig, get_peft_model
 
     modules = [name.removesuffix(".weight") for name in names]
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=modules)
+    kind = "CAUSAL_LM" if head_of(model) == "causal" else None  # of PEFT's wrapper
+    sizes = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK}
+    lora = LoraConfig(**sizes, target_modules=modules, task_type=kind)
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for a property by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

@@ -28,9 +28,11 @@ from ..bitmask import BitMask, magnitude_mask, random_mask
 from ..config import TRAINING_FIELDS, MaskConfig
 from ..files import whole
 from ..mask import MFT
+from ..model import head_of
 from ..sharded import weights_sha256
 from .controls import CONTROL_RATES, control_config, importance_mask, train_control
 from .gradient import fastest_mask, mean_gradient, toward_zero_mask
+from .lm_evaluate import ANSWERS, answer_rows
 from .names import RECIPE_OF
 from .plan import VARIANTS, Profile, Run
 from .records import prediction_rows
@@ -87,14 +89,16 @@ def mask_settings(
 
 def _changes(run, profile):
     "The settings that a run's variant and its profile change, without the number of rows."
-    changes = {"precision": profile.precision} | VARIANTS.get(run.variant, {})
+    rates = {name: {"learning_rate": rate} for name, rate in profile.rates}
+    changes = {"precision": profile.precision} | rates.get(run.method, {})
+    changes |= VARIANTS.get(run.variant, {})
     return {name: value for name, value in changes.items() if name != "rows"}
 
 # %% ../../nbs/study/09_methods.ipynb #b5655f6c
 def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train scores by a recipe; the mask, its settings and its curves."
     config, training = mask_settings(run, profile)
-    options = {"desc": run.name, **bar} | _watched(training, train_rows, validation)
+    options = {"desc": run.name, **bar} | _watched(model, training, train_rows, validation)
     mft = MFT(model, config)
     history = fit(mft, tokenizer, train_rows, training, **options)
     mask = mft.bitmask()
@@ -103,27 +107,30 @@ def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     return mask, {"settings": settings, "curves": asdict(history)}
 
 # %% ../../nbs/study/09_methods.ipynb #watched-code
-def _watched(config, train_rows, validation):
-    "Four evaluations on validation on the way, and one at the start."
+def _watched(model, config, train_rows, validation):
+    "What is learned, and four evaluations of it on the way besides one at the start."
     steps = max(1, round(len(train_rows) / config.batch_size * config.epochs))
-    return {"validation": validation, "eval_every": max(1, -(-steps // 4))}
+    task = ANSWERS if head_of(model) == "causal" else None  # None: as model and rows say
+    return {"task": task, "validation": validation, "eval_every": max(1, -(-steps // 4))}
 
 # %% ../../nbs/study/09_methods.ipynb #train-control-code
 def _train_control(run, model, tokenizer, train_rows, validation, profile, bar):
     "Train something else than a mask; its settings and its curves."
     config = control_config(run.method, seed=run.seed, **_changes(run, profile))
-    options = {"desc": run.name, **bar} | _watched(config, train_rows, validation)
+    options = {"desc": run.name, **bar} | _watched(model, config, train_rows, validation)
     history = train_control(model, tokenizer, train_rows, run.method, config, **options)
     return None, {"settings": asdict(config), "curves": asdict(history)}
 
 # %% ../../nbs/study/09_methods.ipynb #3aef1579-s
 def evaluate(
-    model: nn.Module,  # a sequence classifier
+    model: nn.Module,  # a sequence classifier, or a causal language model
     tokenizer: Any,  # its tokenizer
     rows: Dataset,  # columns sentence, label
     shared: Any = None,  # a `Shared`: what runs have in common, see below
-) -> pd.DataFrame:  # columns label, prediction, positive; see `prediction_rows`
+) -> pd.DataFrame:  # columns label, prediction, positive; of a language model right, log_loss
     "A model's predictions, example by example."
+    if head_of(model) == "causal":
+        return answer_rows(model, tokenizer, rows)
     activations = shared.activations if shared else None
     logits = predict(model, tokenizer, rows, activations=activations)
     return prediction_rows(logits, rows["label"])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'RECIPE_OF', 'CONTROL_NAMES', 'INSPECTION_NAMES', 'UNIT_NAMES', 'AFTER_NAMES', 'UNITS', 'MODEL_NAMES',
-           'DATA_NAMES', 'CHECKPOINT_NAMES', 'FACTOR_NAMES', 'CHOICE_NAMES', 'VARIANT_NAMES', 'RATE_NAMES']
+           'DATA_NAMES', 'LM_NAMES', 'CHECKPOINT_NAMES', 'LM_CHECKPOINT_NAMES', 'FACTOR_NAMES', 'CHOICE_NAMES',
+           'VARIANT_NAMES', 'RATE_NAMES']
 
 # %% ../../nbs/study/00_names.ipynb #7c621174-s
 METHOD_NAMES = {  # in the order of the tables
@@ -71,7 +72,16 @@ MODEL_NAMES = {  # by profile
     "units_base": "MPNet-base",
 }
 DATA_NAMES = {profile: "SST-2" for profile in MODEL_NAMES} | {"embedded": "snippets"}
+LM_NAMES = {"lm": "numbers in words", "lm_sums": "sums with steps"}  # of a language model
+MODEL_NAMES |= {profile: "SmolLM2-135M" for profile in LM_NAMES}
+DATA_NAMES |= LM_NAMES
 CHECKPOINT_NAMES = {"baseline": "untrained head", "75": "half-trained", "90": "converged"}
+LM_CHECKPOINT_NAMES = {
+    "pretrained": "pretrained",
+    "mid": "mid-training",
+    "best": "best on validation",
+    "overfitted": "overfitted",
+}
 
 # %% ../../nbs/study/00_names.ipynb #84cb5015-s
 FACTOR_NAMES = {  # variants of BERT-MFT's recipe, one change each
@@ -90,6 +100,12 @@ VARIANT_NAMES = FACTOR_NAMES | CHOICE_NAMES
 VARIANT_NAMES |= {
     "l1_start": "without L1, start at magnitudes",
     "l1_start_dropout": "without L1, start at magnitudes, dropout off",
+}
+VARIANT_NAMES |= {  # of a language model of 30 layers
+    "layers_0_9": "first third of the layers",
+    "layers_20_29": "last third of the layers",
+    "rows_500": "500 rows",
+    "rows_1000": "1,000 rows",
 }
 
 # %% ../../nbs/study/00_names.ipynb #rates-names

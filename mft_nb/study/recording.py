@@ -27,7 +27,7 @@ import mft_nb
 from ..bitmask import BitMask
 from ..card import MaskResult, paired_result
 from ..mask_file import mask_sha256
-from .records import RECORD_FORMAT, read_predictions, read_record
+from .records import RECORD_FORMAT, read_predictions, read_record, right_rows
 
 # %% ../../nbs/study/02_recording.ipynb #1a5090a7
 def write_record(
@@ -146,5 +146,4 @@ def _mask_hash(record):
 
 def _right(folder, record):
     "Which test sentences a run got right, (n,) bool."
-    rows = read_predictions(folder, record)
-    return (rows.label == rows.prediction).to_numpy()
+    return right_rows(read_predictions(folder, record))

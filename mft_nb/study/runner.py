@@ -51,6 +51,8 @@ from mft_nb.study.checkpoints import (
 from .controls import CONTROL_RATES
 from .datasets import first_rows, leak, load_once, training_rows
 from .inspections import run_inspection
+from .lm_checkpoints import fine_tune_lm
+from .lm_evaluate import general_text, load_lm, text_loss
 from .methods import Shared, evaluate, treat
 from .names import RECIPE_OF, UNIT_NAMES
 from mft_nb.study.plan import (
@@ -59,6 +61,7 @@ from mft_nb.study.plan import (
     Profile,
     Run,
     Workspace,
+    checkpoint_names,
     get_profile,
     needed_masks,
 )
@@ -80,9 +83,10 @@ def do_fine_tuning(
     config = replace(profile.fine_tuning, seed=seed)
     folder = workspace.checkpoints(profile.name, seed)
     options = {"early_every": profile.early_every, "late_every": profile.late_every, **bar}
-    checkpoints = fine_tune_checkpoints(
-        profile.model, data["train"], held, config, folder, **options
-    )
+    rows, fine_tune = data["train"], fine_tune_checkpoints
+    if profile.task == "causal-lm":
+        rows, fine_tune = training_rows(data, profile.mask_rows, seed), fine_tune_lm
+    checkpoints = fine_tune(profile.model, rows, held, config, folder, **options)
     target = workspace.records(profile.name) / f"seed{seed}-fine_tuning.json"
     if target.exists():
         return target
@@ -99,12 +103,15 @@ def do_fine_tuning(
     return write_record(workspace.records(profile.name), target.stem, asked, happened, where)
 
 # %% ../../nbs/study/12_runner.ipynb #14a34ff4
+_CURVES = ("steps", "loss", "validation", "overfitting")
+
+
 def _tuning_happened(checkpoints, folder):
     "What a record says of a fine-tuning: its checkpoints and its curves."
     curve = json.loads((folder / "fine_tuning.json").read_text())
     return {
         "rungs": [asdict(checkpoint) for checkpoint in checkpoints.values()],
-        "curves": {name: curve[name] for name in ("steps", "loss", "validation")},
+        "curves": {name: curve[name] for name in _CURVES if name in curve},
     }
 
 
@@ -141,7 +148,7 @@ def do_run(
     folder = workspace.checkpoints(run.profile, run.seed) / run.checkpoint
     checkpoint = read_checkpoint(folder)
     check_same_checkpoint(run, workspace)
-    model, tokenizer = load_classifier(folder)
+    model, tokenizer = _loader(profile)(folder)
     count = VARIANTS.get(run.variant, {}).get("rows", profile.mask_rows)
     rows = training_rows(data, count, run.seed)
     if run.method in INSPECTION_NAMES:
@@ -162,11 +169,16 @@ def do_run(
     return write_record(folder, run.name, asked, happened, where, predictions)
 
 # %% ../../nbs/study/12_runner.ipynb #treat-evaluate
+def _loader(profile):
+    "What loads a model of a profile, with its tokenizer."
+    return load_lm if profile.task == "causal-lm" else load_classifier
+
+
 def _splits(data, profile):
     "The rows to report on, those of validation, and those that are watched in a training."
     return {
         "test": first_rows(data["test"], profile.test_rows),
-        "held": first_rows(data["validation"], profile.look_rows),
+        "held": first_rows(data["validation"], profile.held_rows or profile.look_rows),
         "watched": first_rows(data["validation"], profile.watch_rows),
     }
 
@@ -184,10 +196,14 @@ def _treat_and_evaluate(run, model, tokenizer, rows, data, profile, workspace, b
         _keep_mask(run, model, mask, settings, workspace)
         AppliedMask(model, mask)
         details["mask"] = describe_mask(mask)
-    predictions = evaluate(model, tokenizer, test, shared)
     on_validation = evaluate(model, tokenizer, held, shared)
-    happened = {"test": summary(predictions), "validation": summary(on_validation), **details}
-    return happened, settings, predictions
+    happened = {"validation": summary(on_validation), **details}
+    if profile.task == "causal-lm":
+        happened["text"] = text_loss(model, tokenizer, general_text())
+        if run.study == "rates":  # chosen without the test rows
+            return happened, settings, on_validation
+    predictions = evaluate(model, tokenizer, test, shared)
+    return {"test": summary(predictions), **happened}, settings, predictions
 
 # %% ../../nbs/study/12_runner.ipynb #keep-mask
 def _keep_mask(run, model, mask, settings, workspace):
@@ -216,7 +232,8 @@ def missing_seeds(
         mine = [run for run in runs if run.seed == seed]
         profile = mine[0].profile
         recorded = (workspace.records(profile) / f"seed{seed}-fine_tuning.json").exists()
-        ready = checkpoints_done(workspace.checkpoints(profile, seed))
+        folder = workspace.checkpoints(profile, seed)
+        ready = checkpoints_done(folder, checkpoint_names(mine[0]))
         if not recorded or (missing_runs(mine, workspace) and not ready):
             seeds.append(seed)
     return seeds
@@ -285,7 +302,7 @@ def run_missing(
         return 0
     _, data_hash = load_once(profile.data, workspace.data)  # checked before any process starts
     if missing_seeds(runs, workspace):
-        load_classifier(profile.model)  # likewise
+        _loader(profile)(profile.model)  # likewise
     check_same_experiment(profile, workspace, data_hash["sha256"])
     with only_process(workspace.out, "running an experiment"):
         _clean_up(runs, profile, workspace)
@@ -299,7 +316,8 @@ def _clean_up(runs, profile, workspace):
     remove_parts(workspace.records(profile.name))
     for seed in missing_seeds(runs, workspace):
         folder = workspace.checkpoints(profile.name, seed)
-        if (folder / "fine_tuning.json").exists() and not checkpoints_done(folder):
+        done = checkpoints_done(folder, checkpoint_names(runs[0]))
+        if (folder / "fine_tuning.json").exists() and not done:
             remove_folder(folder)
 
 # %% ../../nbs/study/12_runner.ipynb #5bfc7131

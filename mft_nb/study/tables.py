@@ -29,8 +29,14 @@ from mft_nb.stats import (
     seed_interval,
     wilson,
 )
-from .names import CHECKPOINT_NAMES, CONTROL_NAMES, METHOD_NAMES, RECIPE_OF
-from .records import MissingRecords, read_predictions, read_records
+from mft_nb.study.names import (
+    CHECKPOINT_NAMES,
+    CONTROL_NAMES,
+    LM_CHECKPOINT_NAMES,
+    METHOD_NAMES,
+    RECIPE_OF,
+)
+from .records import MissingRecords, read_predictions, read_records, right_rows
 
 # %% ../../nbs/study/13_tables.ipynb #32f08b2f
 def _frame_row(record, correct, bases):
@@ -40,8 +46,10 @@ def _frame_row(record, correct, bases):
     row |= {"study": asked.get("study", "table"), "variant": asked.get("variant", "")}
     row["name"] = record["name"]
     row |= {name: test[name] for name in ("n", "correct", "accuracy")}
-    row["share_positive"] = test["class_share"][1]
+    row["share_positive"] = test.get("class_share", [np.nan, np.nan])[1]
     row["validation"] = record["happened"].get("validation", {}).get("accuracy", np.nan)
+    if "log_loss" in test:  # of a language model
+        row |= {"log_loss": test["log_loss"], "text_loss": record["happened"]["text"]["log_loss"]}
     mask = record["happened"].get("mask")
     row["masked"] = 1 - mask["density"] if mask else 0.0
     base = bases.get((asked["seed"], asked["checkpoint"]))
@@ -59,9 +67,8 @@ def _read_runs(places):
     for place in places:
         for record in read_records(place):
             if "test" in record["happened"]:
-                rows = read_predictions(place, record)
                 records.append(record)
-                correct.append((rows.label == rows.prediction).to_numpy())
+                correct.append(right_rows(read_predictions(place, record)))
     return records, correct
 
 # %% ../../nbs/study/13_tables.ipynb #frame-read
@@ -81,7 +88,9 @@ def _read_frame(places, _here, _state):
     pairs = zip(records, correct, strict=True)
     frame = pd.DataFrame([_frame_row(record, right, bases) for record, right in pairs])
     methods = METHOD_NAMES | CONTROL_NAMES
-    for name, order in (("method", methods), ("checkpoint", CHECKPOINT_NAMES)):
+    of_lm = frame.checkpoint.isin(list(LM_CHECKPOINT_NAMES)).all()
+    checkpoints = LM_CHECKPOINT_NAMES if of_lm else CHECKPOINT_NAMES
+    for name, order in (("method", methods), ("checkpoint", checkpoints)):
         frame[name] = pd.Categorical(frame[name], list(order), ordered=True)
     order = ["seed", "checkpoint", "method", "keep", "variant"]
     return frame.sort_values(order, ignore_index=True)
