@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
-	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray PRECISION=float32\n"
+	@printf "  settings of reproduce: PROFILE=embedded|sst2|base|bert|lm SEEDS=0,1,2 DATA=folder OUT=folder JOBS=2\n                         STUDIES=controls,curves SHARD=1/2 ENGINE=ray PRECISION=float32\n"
 
 install: .venv/.installed ## set up .venv with pinned versions
 

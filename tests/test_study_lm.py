@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from mft_nb.evaluate import evaluate
-from mft_nb.model import fetch_model
 from mft_nb.study import lm_checkpoints
 from mft_nb.study.cli import mft_reproduce
 from mft_nb.study.datasets import load_data
@@ -20,8 +20,8 @@ from mft_nb.study.lm_evaluate import ANSWERS, answer_rows, general_text
 from mft_nb.study.lm_plan import LM_PUBLISHED, LM_RATES, RATES_SEED
 from mft_nb.study.lm_tasks import LM_TASKS, items_of, lm_rows
 from mft_nb.study.plan import PROFILES, Run, Workspace, plan
-from mft_nb.study.records import MissingRecords, read_predictions, read_record, summary
 from mft_nb.study.recording import record_result
+from mft_nb.study.records import MissingRecords, read_predictions, read_record, summary
 from mft_nb.study.runner import missing_runs, run_missing
 from mft_nb.study.tables import results_frame
 from mft_nb.train import TrainConfig, train
@@ -48,12 +48,19 @@ def tiny_lm(tokenizer):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     words = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    words |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **words)).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(fetch_model("smollm2"))
+    """A token for each character, and one that ends an answer."""
+    words = ["<end>", "<unknown>", *map(chr, range(32, 127))]
+    model = models.WordLevel({word: place for place, word in enumerate(words)}, "<unknown>")
+    characters = Tokenizer(model)
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    named = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unknown>"}
+    return PreTrainedTokenizerFast(tokenizer_object=characters, **named)
 
 
 @pytest.fixture(scope="module")
@@ -95,23 +102,23 @@ def test_no_item_of_the_study_is_in_two_sets(task):
 
 
 def test_an_answer_is_right_exactly_where_greedy_generation_writes_it(tokenizer):
-    rows = lm_rows("words", train=24)["train"]
-    short = [{"sentence": row["sentence"], "label": row["label"][:2]} for row in rows]
-    short += [{"sentence": row["sentence"], "label": row["label"][-1]} for row in rows]
-    short, model = Dataset.from_list(short), tiny_lm(tokenizer)
-    config = TrainConfig(learning_rate=0.02, max_steps=50, batch_size=16)
-    train(model, tokenizer, short.select(range(16)), config, task=ANSWERS, progress=False)
-    said = answer_rows(model, tokenizer, short)
+    pairs = [(a, b) for a in "abcdef" for b in "ghijkl"]
+    answers = [b if a < "c" else b + a for a, b in pairs]  # of one token or two
+    rows = {"sentence": [f"{a} and {b}=" for a, b in pairs], "label": answers}
+    rows, model = Dataset.from_dict(rows).shuffle(seed=0), tiny_lm(tokenizer)
+    config = TrainConfig(learning_rate=0.02, max_steps=90, batch_size=16)
+    train(model, tokenizer, rows.select(range(16)), config, task=ANSWERS, progress=False)
+    said = answer_rows(model, tokenizer, rows, batch_size=10)
     written = []
-    for row in short:
+    for row in rows:
         prompt = tokenizer(row["sentence"], return_tensors="pt")
         wanted = tokenizer(row["label"])["input_ids"] + [tokenizer.eos_token_id]
         options = {"max_new_tokens": len(wanted), "do_sample": False}
-        got = model.generate(**prompt, **options, pad_token_id=0)[0, prompt["input_ids"].shape[1] :]
-        written.append(int(got.tolist() == wanted))
+        text = model.generate(**prompt, **options, pad_token_id=0)[0]
+        written.append(int(text[prompt["input_ids"].shape[1] :].tolist() == wanted))
     assert said.right.tolist() == written
-    assert 8 < sum(written) < 40, "the model should be right on some rows and wrong on others"
-    losses = evaluate(model, tokenizer, short, ANSWERS, write=False)["loss"]
+    assert 4 < sum(written) < 32, "the model should be right on some rows and wrong on others"
+    losses = evaluate(model, tokenizer, rows, ANSWERS, write=False)["loss"]
     assert said.log_loss.to_numpy() == pytest.approx(losses[:, 0], abs=1e-3)
 
 
@@ -120,27 +127,31 @@ class Killed(Exception):
 
 
 class Kill(TrainerCallback):
-    """Ends a training at a step of either of the two trainings."""
-
-    def __init__(self, step, desc):
-        self.step = step
-        self.desc = desc
+    """Ends a training after its fifth step."""
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
+        if state.global_step == 5:
             raise Killed
 
 
-@pytest.mark.parametrize("phase", ["fine-tune", "overfit"])
-def test_a_killed_fine_tuning_goes_on_to_the_same_checkpoints(phase, source, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def tuning(source, tmp_path_factory):
+    """What a fine-tuning is asked, and the folder of one that was not killed."""
     data = lm_rows("sums", train=16, validation=8, test=8)
     given = (source, data["train"], data["validation"], SHORT)
     options = {"early_every": 3, "late_every": 3, "save_every": 3, "progress": False}
-    whole = fine_tune_lm(*given, tmp_path / "whole", **options)
-    assert whole["overfitted"].step == whole["best"].step + 8 >= 2 * whole["best"].step
+    folder = tmp_path_factory.mktemp("whole")
+    found = fine_tune_lm(*given, folder, **options)
+    assert found["overfitted"].step == found["best"].step + 8 >= 2 * found["best"].step
+    return given, options, folder, found
+
+
+@pytest.mark.parametrize("phase", ["fine-tune", "overfit"])
+def test_a_killed_fine_tuning_goes_on_to_the_same_checkpoints(phase, tuning, tmp_path, monkeypatch):
+    given, options, folder, whole = tuning
 
     def killed(*arguments, callbacks=(), desc="", **more):
-        callbacks += (Kill(5, desc),) if desc == phase else ()
+        callbacks += (Kill(),) if desc == phase else ()
         return train(*arguments, callbacks=callbacks, desc=desc, **more)
 
     monkeypatch.setattr(lm_checkpoints, "train", killed)
@@ -148,11 +159,8 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_checkpoints(phase, source, tmp
         fine_tune_lm(*given, tmp_path / "killed", **options)
     monkeypatch.setattr(lm_checkpoints, "train", train)
     assert fine_tune_lm(*given, tmp_path / "killed", **options) == whole
-    for name in LM_CHECKPOINTS:
-        models = [tmp_path / one / name / "model.safetensors" for one in ("whole", "killed")]
-        assert models[0].read_bytes() == models[1].read_bytes(), name
-    curves = [(tmp_path / one / "fine_tuning.json").read_text() for one in ("whole", "killed")]
-    assert curves[0] == curves[1]
+    for file in [f"{name}/model.safetensors" for name in LM_CHECKPOINTS] + ["fine_tuning.json"]:
+        assert (folder / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
 
 
 def test_a_record_holds_what_follows_from_its_answers(workspace):

@@ -38,6 +38,9 @@ def test_a_part_says_which_machine_made_its_records(profile):
     workspace = Workspace(str(ROOT))
     for part in PUBLISHED[profile]:
         paths = [workspace.record(run) for run in part.runs(profile)]
+        if not all(path.exists() for path in paths):
+            assert part.covers.endswith("not complete yet"), part
+            continue
         devices = {read_record(path)["where"]["device"].split(", ")[-1] for path in paths}
         assert part.covers.endswith(said.get((*devices,), "both machines")), part
         seeds = {read_record(path)["asked"]["seed"] for path in paths}

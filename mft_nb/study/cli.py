@@ -103,7 +103,7 @@ def mft_reproduce(
 # %% ../../nbs/study/28_cli.ipynb #ffba10bd
 def _asked_profile(profile, data, jobs, precision):
     "The profile that the options of `mft_reproduce` name."
-    from mft_nb.study.plan import get_profile, with_precision
+    from mft_nb.study.plan import bfloat16_is_slow, get_profile, with_precision
 
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; allowed is 0 (one a core) or more.")
@@ -116,6 +116,8 @@ def _asked_profile(profile, data, jobs, precision):
         raise FileNotFoundError(
             f"No folder {data}. Name one that holds SST-2's train.tsv and dev.tsv."
         )
+    if not precision and chosen.task == "causal-lm" and bfloat16_is_slow():
+        precision = "float32"
     return with_precision(chosen, precision) if precision else chosen
 
 # %% ../../nbs/study/28_cli.ipynb #asked-runs

@@ -78,7 +78,7 @@ def _count_answers(model, batch):
 
 # %% ../../nbs/study/03a_lm_evaluate.ipynb #text-code
 def general_text(
-    count: int = 400,  # sentences
+    count: int = 200,  # sentences
 ) -> Dataset:  # column sentence
     "Sentences that have nothing to do with any task, always the same."
     drawn = read_snippets().sentence.sample(count, random_state=0)

@@ -76,7 +76,7 @@ def do_fine_tuning(
     workspace: Workspace,  # where
     bar: dict,  # options of `train` for its progress bar: progress, position
 ) -> Path:  # the record of the fine-tuning
-    "Make the three checkpoints of a seed, and write the record of their training."
+    "Make the checkpoints of a seed, and write the record of their training."
     started, clock = datetime.now(UTC), time.monotonic()
     data, data_hash = load_once(profile.data, workspace.data)
     held = first_rows(data["validation"], profile.look_rows)
