@@ -171,7 +171,7 @@ def test_a_record_holds_what_follows_from_its_answers(workspace):
     assert summary(rows) == record["happened"]["test"]
     assert record["happened"]["validation"]["n"] == 12
     assert record["happened"]["text"]["sentences"] == 8
-    assert record["asked"]["settings"]["learning_rate"] == LM_RATES["mft_recommended"]
+    assert record["asked"]["settings"]["learning_rate"] == LM_RATES["lm"]["mft_recommended"]
     assert record["happened"]["curves"]["steps"] == 1
     mask = record["happened"]["mask"]["density_by_tensor"]
     assert {name.split(".")[2] for name in mask} == {"1"}, "the middle third"
@@ -212,6 +212,22 @@ def test_a_second_call_of_the_command_does_what_is_missing(workspace, capsys):
     assert "Profile lm: 16 runs, 8 to do" in printed
     assert "MFT, our recipe minus no mask" in printed and "not tested: 1 of 5 seeds" in printed
     assert missing_runs(plan("lm"), workspace) == []
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_command_trains_in_bfloat16_where_that_is_fast(slow, here, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(PROFILES, "lm", replace(TINY, precision="bfloat16"))
+    monkeypatch.setattr("mft_nb.study.plan.bfloat16_is_slow", lambda: slow)
+    monkeypatch.setattr("mft_nb.study.lm_contrasts.print_lm", lambda folder: None)
+    monkeypatch.setattr("mft_nb.study.cli._draw_newer", lambda *folders: None)
+
+    def noted(runs, workspace, jobs, profile, engine):
+        asked.append(profile.precision)
+
+    monkeypatch.setattr("mft_nb.study.runner.run_missing", noted)
+    mft_reproduce(profile="lm", out=str(tmp_path), jobs=1)
+    assert asked == ["float32" if slow else "bfloat16"]
 
 
 def test_studies_of_sentences_and_of_answers_are_not_mixed():

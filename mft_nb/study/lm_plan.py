@@ -19,11 +19,9 @@ from typing import NamedTuple
 from ..train import TrainConfig
 
 # %% ../../nbs/study/07a_lm_plan.ipynb #profiles-lm-code
-LM_RATES = {  # method: its peak learning rate, to be chosen by the study `rates`
-    "mft_recommended": 3e-4,
-    "continued": 3e-5,
-    "plain": 1e-4,
-    "lora": 3e-4,
+LM_RATES = {  # by profile and method: peak learning rate, to be chosen by the study `rates`
+    "lm": {"mft_recommended": 3e-4, "continued": 3e-5, "plain": 1e-4, "lora": 3e-4},
+    "lm_sums": {"mft_recommended": 3e-4, "continued": 3e-5, "plain": 1e-4, "lora": 3e-4},
 }
 _WORDS = {
     "name": "lm",
@@ -40,11 +38,12 @@ _WORDS = {
     "watch_rows": 60,
     "mask_rows": 2000,
     "gradient_rows": 0,
-    "rates": tuple(LM_RATES.items()),
+    "rates": tuple(LM_RATES["lm"].items()),
     "studies": ("table", "controls"),
     "precision": "bfloat16",
 }
-LM_PROFILES = {"lm": _WORDS, "lm_sums": _WORDS | {"name": "lm_sums", "data": "sums"}}
+_SUMS = {"name": "lm_sums", "data": "sums", "rates": tuple(LM_RATES["lm_sums"].items())}
+LM_PROFILES = {"lm": _WORDS, "lm_sums": _WORDS | _SUMS}
 
 # %% ../../nbs/study/07a_lm_plan.ipynb #studies-lm-code
 _CONVERGED = ("best", "overfitted")
