@@ -75,9 +75,10 @@ def source(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def here(source):
     """Runs happen in this process, on the tiny model and on few sentences of general text."""
+    sentences = general_text(8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mft_nb.study.lm_evaluate.fetch_model", lambda name: source)
-        patch.setattr("mft_nb.study.runner.general_text", lambda: general_text(8))
+        patch.setattr("mft_nb.study.runner.general_text", lambda: sentences)
         patch.setattr("mft_nb.study.runner._processes", ThreadPoolExecutor)
         patch.setitem(PROFILES, "lm", TINY)
         yield
