@@ -224,7 +224,8 @@ def _is_digest(value):
 
 # %% ../nbs/10_mask_file.ipynb #of-units-code
 _UNITS = "units"  # the tensor of a file of units
-_ALIGNED = 64  # bytes: its length is a multiple, so that a version's name does not change it
+_ALIGNED = 32  # bytes: its length is a multiple, so that a version's name does not change it
+_MOST_PADDING = 64  # bytes: files of earlier versions have up to that
 
 
 def _of_units(mask, bits, base_sha256, told):
@@ -313,7 +314,7 @@ def _decode_units(path, entries, payload, shapes):
     "The masks of a file of units; as views of their bits, whatever shape a file claims."
     dims = {name: tensor["dim"] for name, tensor in entries["tensors"].items()}
     lengths = [shape[dims[name]] for name, shape in shapes.items()]
-    if not 0 <= len(payload) - (sum(lengths) + 7) // 8 < _ALIGNED:
+    if not 0 <= len(payload) - (sum(lengths) + 7) // 8 < _MOST_PADDING:
         raise ValueError(f"{path} is damaged: it has {len(payload)} bytes of bits for {lengths}.")
     flat = np.unpackbits(np.frombuffer(payload, np.uint8), count=sum(lengths)).view(bool)
     parts = torch.from_numpy(flat).split(lengths)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, permutation_test, rankdata
+from scipy.stats import bootstrap, norm, permutation_test, rankdata
 
 from .stats import Interval, mcnemar_exact, p_text, wilson
 
@@ -165,9 +165,7 @@ class Comparison:
     @property
     def change(self) -> str:  # such as "+2.80 points [+0.00, +6.00]"
         "The difference with its sign and its interval."
-        form, factor = ("+.2f", 100) if self.difference.unit else ("+.3f", 1)
-        ends = (self.difference.estimate, self.difference.low, self.difference.high)
-        gain, low, high = (f"{factor * end:{form}}" for end in ends)
+        gain, low, high = self.difference.texts("+")
         return f"{gain}{' points' if self.difference.unit else ''} [{low}, {high}]"
 
     @property
@@ -225,13 +223,12 @@ def compare(
 
 # %% ../nbs/26_metrics.ipynb #compare-tests
 def _of_flips(flips):
-    "Ends of the difference that go with McNemar's test, given how many rows changed."
-    changed = flips.fixed + flips.broken
-    if not changed:
-        return 0.0, 0.0
-    share = binomtest(flips.fixed, changed).proportion_ci()
-    ends = [changed * (2 * end - 1) / flips.n for end in (share.low, share.high)]
-    return min(ends[0], flips.difference), max(ends[1], flips.difference)
+    "Ends of a paired difference: Bonett and Price (2012), one fixed and one broken row added."
+    rows = flips.n + 2
+    fixed, broken = (flips.fixed + 1) / rows, (flips.broken + 1) / rows
+    half = norm.ppf(0.975) * np.sqrt((fixed + broken - (fixed - broken) ** 2) / rows)
+    low, high = fixed - broken - half, fixed - broken + half
+    return max(-1.0, min(low, flips.difference)), min(1.0, max(high, flips.difference))
 
 
 def _swapped(value, before, after):

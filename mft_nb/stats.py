@@ -47,11 +47,19 @@ class Interval:
         if self.unit not in ("%", "points", ""):
             raise ValueError(f"unit is {self.unit!r}: allowed are '%', 'points' and ''; choose one")
 
-    def __str__(self):
-        sign = "+" if self.unit == "points" else ""
-        form, factor = (f"{sign}.2f", 100) if self.unit else (".3f", 1)
+    def texts(
+        self,
+        sign: str = "",  # "+" also prints the sign of what is not negative
+    ) -> tuple[str, str, str]:  # estimate, low, high
+        "The three numbers as text; a plain number gets the decimals that its interval is worth."
+        width = self.high - self.low
+        worth = 1 - math.floor(math.log10(width)) if width > 0 else 0  # two digits of the width
+        decimals, factor = (2, 100) if self.unit else (max(3, worth), 1)
         ends = (self.estimate, self.low, self.high)
-        estimate, low, high = (f"{factor * x:{form}}" for x in ends)
+        return tuple(f"{factor * end:{sign}.{decimals}f}" for end in ends)
+
+    def __str__(self):
+        estimate, low, high = self.texts("+" if self.unit == "points" else "")
         head = f"{estimate} {self.unit}".rstrip() + f" [{low}, {high}]"
         return f"{head}, {100 * self.level:g} % interval, n = {self.n}"
 

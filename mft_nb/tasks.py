@@ -75,10 +75,10 @@ class Task:
         return self.name == "seq2seq" or (self.name == "causal-lm" and self.label is not None)
 
     @property
-    def as_settings(self) -> dict[str, str | None]:
+    def as_settings(self) -> dict[str, str]:
         "Task and columns as plain values, as a mask file keeps them."
         columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
-        return {"task": self.name, **columns}
+        return {"task": self.name} | {field: name for field, name in columns.items() if name}
 
     def reads(
         self,

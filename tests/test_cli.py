@@ -125,7 +125,7 @@ BAD_FITS = [
     ({"batch_size": 10**30}, "allowed is a whole number, 1 or more and at most 2147483647"),
     ({"max_length": 10**30}, "allowed is a whole number, 3 or more and at most 2147483647"),
     ({"epochs": 1e30}, "epochs is 1e+30; allowed is a number, above 0 and at most 1000000"),
-    ({"layers": "0-999999999999"}, "layers is '0-999999999999'; allowed are whole numbers"),
+    ({"layers": "0-999999999999"}, "layers is '0-999999999999'; allowed are middle, all, or whole numbers"),
 ]
 
 
