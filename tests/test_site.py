@@ -32,7 +32,7 @@ KINDS = (  # of pages: front page, names, a finding, mathematics, a tutorial, a 
     "25_stats.html",
     "tutorials/your_model.html",
     "glossary.html",
-    "study/20_study_figures.html",
+    "study/25_study_figures.html",
 )
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1400, "height": 900}
@@ -247,7 +247,7 @@ def test_pictures_are_sharp(site, pages):
             if source.suffix == ".png" and Image.open(source).width < 1.9 * int(image["width"]):
                 blurred.append((path, image["src"]))
     assert not blurred
-    figures = pages["study/20_study_figures.html"].main.find_all("img")
+    figures = pages["study/25_study_figures.html"].main.find_all("img")
     assert sum(image["src"].endswith(".svg") for image in figures) >= 10  # each named figure
 
 
@@ -314,7 +314,7 @@ def test_the_menu_of_a_phone_scrolls_to_its_end(visit, site):
     box = last.bounding_box()
     assert 0 < box["y"] < PHONE["height"]
     last.click()
-    page.wait_for_url("**/study/29_gpu.html")
+    page.wait_for_url("**/study/34_gpu.html")
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
