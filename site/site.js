@@ -124,6 +124,10 @@
     results.hidden = true;
   };
 
+  // what the project found comes before how it is programmed, and a mask before the rest of that
+  const weightOf = (href) =>
+    /^(findings|tutorials|index|glossary)/.test(href) ? 1.5 : /^[0-9]+_mask\.html/.test(href) ? 1.3 : 1;
+
   const find = async () => {
     const query = input.value.trim();
     if (query.length < 2) {
@@ -137,8 +141,7 @@
       fuzzy: (term) => (term.length > 4 ? 0.2 : false),
       boost: { title: 3, section: 2 },
       combineWith: "AND",
-      // what the project found comes before how it is programmed
-      boostDocument: (id, term, entry) => (/^(findings|tutorials|index|glossary)/.test(entry.href) ? 1.5 : 1),
+      boostDocument: (id, term, entry) => weightOf(entry.href),
     });
     const links = hits.slice(0, shown).map((hit) => {
       const link = document.createElement("a");
