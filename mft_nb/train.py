@@ -15,9 +15,11 @@ need_extra("train", "mft_nb.train")
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -315,7 +317,7 @@ def fit(
     tokenizer: Any = None,  # of the model; must be given
     rows: Dataset | None = None,  # must be given: the columns of the task
     config: TrainConfig | None = None,  # how to train; default `TrainConfig.recipe("recommended")`
-    kept: bool = False,  # whether to compute what lies below the masks only once
+    kept: bool | None = None,  # compute what lies below the masks once; None: where it pays
     task: Task | str | None = None,  # a name in TASKS; None: told from model and rows
     text: str | None = None,  # column with the text; None: "sentence" or "text"
     text_pair: str | None = None,  # column with a second text
@@ -336,11 +338,16 @@ def fit(
     if options.get("validation") is not None:
         find_task(mft.model, options["validation"], task, what="validation")
         options.setdefault("eval_every", max(1, -(-step_count(config, len(rows)) // 4)))
-    if kept:
-        options["activations"] = _keep_below(mft, task, tokenizer, rows, config, options)
     options = {"measure": measure} | options
     options["context"] = (options.get("context") or {}) | {"mask": mft.config.to_dict()}
-    history = train(mft.model, tokenizer, rows, config, **options)
+    below = partial(_keep_below, mft, task, tokenizer, rows, config, options)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        if kept:
+            options["activations"] = below()
+        elif kept is None and _pays(mft, task, config, rows, options):
+            with suppress(ValueError):  # a model, or a disk, that they are not for
+                options["activations"] = below(folder=folder, limit=_MOST_KEPT)
+        history = train(mft.model, tokenizer, rows, config, **options)
     mft.trained_with = asdict(config) | task.as_settings
     return history
 
@@ -376,7 +383,18 @@ def _check_trainable(mft, steps):
         )
 
 # %% ../nbs/36_train.ipynb #5088ab-2
-def _keep_below(mft, task, tokenizer, rows, config, options):
+_MOST_KEPT = 10**9  # bytes that `fit` keeps without being asked
+
+
+def _pays(mft, task, config, rows, options):
+    "Whether rows pass often enough, and simply enough, that `fit` keeps what lies below by itself."
+    passes = step_count(config, len(rows)) * config.batch_size / len(rows)
+    simple = task.name in ("classification", "regression", "multi-label")
+    free = "activations" not in options and not mft.config.dropout
+    return free and simple and passes >= 2 and next(mft.model.parameters()).device.type == "cpu"
+
+
+def _keep_below(mft, task, tokenizer, rows, config, options, **place):
     "What the lowest masked layer takes as input for all rows, kept in a file."
     if mft.config.dropout:
         raise ValueError(
@@ -398,5 +416,5 @@ def _keep_below(mft, task, tokenizer, rows, config, options):
     bar = {name: options[name] for name in ("progress", "position") if name in options}
     layer = lowest_layer(mft.base_weights())
     return keep_activations(
-        mft.model, tokenizer, sources, layer, max_length=config.max_length, **bar
+        mft.model, tokenizer, sources, layer, max_length=config.max_length, **bar, **place
     )

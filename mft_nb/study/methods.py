@@ -100,7 +100,7 @@ def _train_mask(run, model, tokenizer, train_rows, validation, profile, bar):
     config, training = mask_settings(run, profile)
     options = {"desc": run.name, **bar} | _watched(model, training, train_rows, validation)
     mft = MFT(model, config)
-    history = fit(mft, tokenizer, train_rows, training, **options)
+    history = fit(mft, tokenizer, train_rows, training, kept=False, **options)
     mask = mft.bitmask()
     mft.unload()
     settings = config.to_dict() | asdict(training)

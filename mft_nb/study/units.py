@@ -228,7 +228,9 @@ def _train_units(run, model, tokenizer, rows, validation, profile, progress_opti
     mft = MFT(model, config)
     _begin_with(mft, scores)
     options = {"desc": run.name, "validation": validation, **progress_options}
-    history = fit(mft, tokenizer, rows, training, eval_every=math.ceil(steps / 4), **options)
+    history = fit(
+        mft, tokenizer, rows, training, kept=False, eval_every=math.ceil(steps / 4), **options
+    )
     mask = mft.bitmask()
     mft.unload()
     settings = config.to_dict() | asdict(training)
@@ -279,7 +281,7 @@ def _train_after(after, run, model, tokenizer, rows, profile, progress_options):
         config = MaskConfig(layers="all", init_seed=run.seed)
         training = _training(run, profile.precision)
         mft = MFT(model, config)
-        fit(mft, tokenizer, rows, training, **options)
+        fit(mft, tokenizer, rows, training, kept=False, **options)
         mft.merge_and_unload()
         return config.to_dict() | asdict(training)
     training = control_config(after, seed=run.seed, precision=profile.precision, epochs=1.0)
