@@ -345,7 +345,7 @@ def fit(
         if kept:
             options["activations"] = below()
         elif kept is None and _pays(mft, task, config, rows, options):
-            with suppress(ValueError):  # a model, or a disk, that they are not for
+            with suppress(ValueError):  # not for this model, or no room on the disk
                 options["activations"] = below(folder=folder, limit=_MOST_KEPT)
         history = train(mft.model, tokenizer, rows, config, **options)
     mft.trained_with = asdict(config) | task.as_settings
