@@ -6,7 +6,6 @@ Each process leaves a file `rank-N.pt`: by name of a trial its masks and numbers
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -156,8 +155,9 @@ def said(trial):
         return f"{type(error).__name__}: {error}"
 
 
-def main(folder, rank):
+def run_trials(folder, rank):
     """All trials, in the same order on each process."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {scope: said(lambda scope=scope: trained(scope, folder)) for scope in SCOPES}
     found["head"] = said(lambda: head_trained(folder))
@@ -177,8 +177,3 @@ def main(folder, rank):
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # what FSDP leaves behind need not be torn down
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -3,7 +3,6 @@
 import base64
 import gc
 import io
-import multiprocessing
 import os
 import re
 import tempfile
@@ -15,26 +14,14 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
+from tests.forks import FORKS
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [
     p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
 ]
 
-# Kernels are forked from one process that has imported what takes seconds to import. It has run
-# nothing else, so each notebook starts with fresh modules and a fresh random state.
-IMPORTED = (
-    "tests.outputs",
-    "ipykernel.kernelapp",
-    "ipykernel.debugger",
-    "ipykernel.zmqshell",
-    "mft_nb.study.runner",
-    "matplotlib.pyplot",
-    "seaborn",
-    "peft",
-)
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else a debugger warns of itself
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(list(IMPORTED))
 
 
 def serve(connection_file, folder):

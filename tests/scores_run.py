@@ -1,6 +1,5 @@
-"""A training that can be killed; `python -m tests.scores_run FOLDER slow|resume`."""
+"""A training that can be killed, and goes on."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -20,9 +19,9 @@ class Slow(TrainerCallback):
         time.sleep(0.5 if state.global_step > 4 else 0)
 
 
-if __name__ == "__main__":
+def train(place: Path, slow: bool):
+    """Train slowly, to be killed, or go on and save the scores."""
     torch.set_num_threads(1)
-    place, slow = Path(sys.argv[1]), sys.argv[2] == "slow"
     mft = MFT(tiny_bert(dropout=0.1), CONFIG)
     folder = place / "run"
     options = {"save_strategy": "steps", "save_steps": 4}

@@ -125,7 +125,7 @@ BAD_FITS = [
     ({"batch_size": 10**30}, "allowed is a whole number, 1 or more and at most 2147483647"),
     ({"max_length": 10**30}, "allowed is a whole number, 3 or more and at most 2147483647"),
     ({"epochs": 1e30}, "epochs is 1e+30; allowed is a number, above 0 and at most 1000000"),
-    ({"layers": "0-999999999999"}, "layers is '0-999999999999'; allowed are middle, all, or whole numbers"),
+    ({"layers": "0-999999999999"}, "layers is '0-999999999999'; allowed are middle, all, or whole"),
 ]
 
 
@@ -393,9 +393,9 @@ def test_fit_then_apply(files, tmp_path, capsys):
         "mask.safetensors",
     ]
     masked = tmp_path / "masked"
-    places = [files / "model", tmp_path / "mask", "--out", masked, "--data", files / "rows.csv"]
-    status, said, errors = call("mft_apply", *places)
-    assert status == 0, errors
+    places = {"mask": tmp_path / "mask", "out": masked, "data": files / "rows.csv"}
+    cli.mft_apply(str(files / "model"), **{name: str(place) for name, place in places.items()})
+    said = capsys.readouterr().out
     assert "before: " in said and "paired: " in said
     assert (masked / "model.safetensors").exists()
     status, said = call_here(

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,8 @@ from mft_nb.study.datasets import load_snippets
 from mft_nb.switch import MaskSwitch
 from mft_nb.train import TrainConfig, fit
 from mft_nb.trainer import MaskTrainer
+from tests import scores_run
+from tests.forks import FORKS
 from tests.models import (
     CONFIG,
     batch,
@@ -420,16 +421,19 @@ def test_a_state_that_is_no_masked_models_is_refused(spoil, said):
 
 
 def test_a_killed_run_resumes_to_the_identical_mask(uninterrupted, tmp_path):
-    run = [sys.executable, "-m", "tests.scores_run", str(tmp_path)]
-    slow = subprocess.Popen([*run, "slow"], cwd=ROOT, start_new_session=True)
+    slow = FORKS.Process(target=scores_run.train, args=(tmp_path, True))
+    slow.start()
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("run/checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline and slow.poll() is None
+        assert time.monotonic() < deadline and slow.is_alive()
         time.sleep(0.05)
-    os.killpg(slow.pid, signal.SIGKILL)
-    slow.wait()
+    slow.kill()
+    slow.join()
     assert not (tmp_path / "scores.pt").exists()
-    subprocess.run([*run, "resume"], cwd=ROOT, check=True, timeout=300)
+    resumed = FORKS.Process(target=scores_run.train, args=(tmp_path, False))
+    resumed.start()
+    resumed.join(timeout=300)
+    assert resumed.exitcode == 0
     pairs = zip(torch.load(tmp_path / "scores.pt"), uninterrupted.scores, strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 

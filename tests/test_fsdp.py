@@ -1,19 +1,15 @@
 """Two processes under FSDP: on both the very mask of one process, or a refusal in words."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mft_nb.bitmask import BitMask
 from mft_nb.mask import MFT
-from tests.fsdp_processes import SCHEDULE, SCOPES, settings
+from tests.forks import FORKS
+from tests.fsdp_processes import SCHEDULE, SCOPES, run_trials, settings
 from tests.strangers import bert, config, steps
 
-ROOT = Path(__file__).resolve().parent.parent
 FEW = 0.002  # share of bits that another order of summing gradients may change
 
 
@@ -21,16 +17,16 @@ FEW = 0.002  # share of bits that another order of summing gradients may change
 def found(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-m", "tests.fsdp_processes", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, rank], **options) for rank in "01"]
+    both = [FORKS.Process(target=run_trials, args=(folder, rank)) for rank in (0, 1)]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in both]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(timeout=240)
     finally:
         for process in both:
             process.kill()
-    assert not any(process.returncode for process in both), "\n".join(errors)[-3000:]
+    assert [process.exitcode for process in both] == [0, 0]  # stderr says why
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 

@@ -9,7 +9,7 @@ from mft_nb.study.plan import Run, Workspace
 from mft_nb.study.records import CHANGING, read_predictions, read_record, read_records
 from mft_nb.study.runner import do_run, missing_runs, run_missing
 from tests import tiny
-from tests.outputs import FORKS
+from tests.forks import FORKS
 from tests.tiny import PROFILE, RUNS
 
 
