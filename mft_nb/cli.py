@@ -379,7 +379,7 @@ def mft_fit(
     scope: str = "tensor",  # who competes: tensor, layer, global, neuron, head, ffn, unit, or 2:4
     max_length: int = 128,  # tokens of a text that are read; what follows is left out
     seed: int = 0,  # order of the rows, held-out rows, random start
-    keep_activations: bool = False,  # compute what lies below the masked layers only once
+    keep_activations: bool = False,  # compute what lies below the masks once, at any size
     overwrite: bool = False,  # replace the mask that out holds
     resume: bool = False,  # go on with the unfinished run in out; refused where there is none
     quiet: bool = False,  # show no progress bar
@@ -410,9 +410,9 @@ def mft_fit(
     _check_tokens(base, tokenizer, tables, task, max_length)
     before = evaluate(mft.unload(), tokenizer, held, task, max_length)
     mft = MFT(base, config)
-    options = {"task": task, "kept": keep_activations, "progress": not quiet}
+    options = {"task": task, "kept": keep_activations or None, "progress": not quiet}
     path = _fit_and_save(mft, tokenizer, train_rows, settings, out, learned, **options)
-    print(f"{task.name}: {len(held)} held-out rows, {len(train_rows)} trained on")
+    print(f"{task.name}: {len(held)} rows to measure on, {len(train_rows)} trained on")
     print(_describe(before, evaluate(mft.model, tokenizer, held, task, max_length), task.name))
     print(f"{path}: {path.stat().st_size:,} bytes, {mft.bitmask()}")
 

@@ -83,7 +83,7 @@ METRICS = {
         "Spearman", "are the scores in order", _rank_correlation, "spearmanr", "", **_SECOND
     ),
     "squared_error": Metric("squared error", "mean over the rows", _ratio, "mse", **_NUMBER),
-    "f1": Metric("F1", "labels found and true, of all rows", _f1, "f1", **_THIRD),
+    "f1": Metric("F1", "balance of precision and recall, over all labels", _f1, "f1", **_THIRD),
     "exact_match": Metric("exact match", "rows right as a whole", _mean, "exact_match", **_RIGHT),
     "entity_f1": Metric(
         "entity F1", "entities found, with all words and the kind", _f1, "f1", **_THIRD
@@ -173,7 +173,8 @@ class Comparison:
         "What the test says."
         gain = self.difference.estimate
         if self.p_value >= 0.05:
-            return "no difference" if gain == 0 else "a difference of this size may well be chance"
+            same = "no change in the number"
+            return same if gain == 0 else "a difference of this size may well be chance"
         better = (gain > 0) == METRICS[self.metric].higher_is_better
         return f"{'better' if better else 'worse'} with the mask, and unlikely to be chance"
 

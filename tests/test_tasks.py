@@ -107,7 +107,7 @@ def test_a_task_from_its_table(name, place, tmp_path, capsys):
     cli.mft_fit(out=str(out), split=split, **about, **options)
     said = capsys.readouterr().out
     held = 12 if table == "answers" else 4
-    assert f"{held} held-out rows, {40 if table == 'answers' else 36} trained on" in said
+    assert f"{held} rows to measure on, {40 if table == 'answers' else 36} trained on" in said
     assert f"\n{metric} (" in said and said.count("before: ") == said.count("paired: ") >= 1
     history = json.loads((out / "history.json").read_text())
     assert history["measured"] == [] and all(np.isfinite(loss) for _, loss in history["loss"])

@@ -86,7 +86,7 @@ def _keep(seen, last, folder, write):
             write("near", _note("mid", step, exact, abs(exact - _HALF) <= 0.1))
         if exact >= _HALF or last:
             os.replace(folder / "near", folder / "mid")
-    if (_passed(seen) or last) and max(seen, key=_rank)[0] == step:
+    if max(seen, key=_rank)[0] == step:
         write("candidate", _note("best", step, exact))
 
 # %% ../../nbs/study/07_lm_checkpoints.ipynb #tune-lm-code

@@ -58,9 +58,9 @@ def lm_contrasts(
         found.append({**contrast._asdict(), "differences": differences, **_tested(differences)})
     table = pd.DataFrame(found)
     table["p_holm"] = np.nan
-    tested = table.index[table.p_value.notna()]
-    if len(tested):
-        table.loc[tested, "p_holm"] = holm(table.p_value[tested].to_numpy())
+    complete = table.index[table.p_value.notna() & (table.seeds >= LEAST_SEEDS)]
+    p_values = table.p_value[complete].reindex(table.index, fill_value=1.0)  # of all declared
+    table.loc[complete, "p_holm"] = holm(p_values.to_numpy())[complete]
     table["verdict"] = [contrast_verdict(row.differences, row.p_holm) for row in table.itertuples()]
     return table
 
