@@ -68,7 +68,8 @@ def _unique_rows(tokens):
     return {key: rows[key] for key in order}
 
 # %% ../nbs/32_activations.ipynb #ee6a4333
-_FORMAT = "mft_nb.activations/1"
+_FORMAT = "mft_nb.activations/2"
+_DIGEST = 32  # bytes of the SHA-256 at the end of a file
 
 
 def _identity(model, layout, keys, batch_size, weights_hash):
@@ -125,21 +126,25 @@ def _capture(model, layout, rows, pad, path, batch_size, bar):
     forwards = {layers[index]: passing_on(index) for index in range(first, len(layers))}
     starts = tqdm(range(0, len(rows), batch_size), unit="batch", leave=False, **bar)
     contexts = (evaluating(model), _replaced(forwards))
+    digest = hashlib.sha256()
     with whole(path) as part, open(part, "wb") as file, contexts[0], contexts[1]:
         for start in starts:
             batch = _on_device(model, pad(rows[start : start + batch_size]))
             need_right_padding(batch)
             model(**batch)
-            _write_rows(file, seen[first], batch["attention_mask"].bool())
+            _write_rows(file, digest, seen[first], batch["attention_mask"].bool())
+        file.write(digest.digest())
 
 # %% ../nbs/32_activations.ipynb #f7612dd0
-def _write_rows(file, hidden, mask):
+def _write_rows(file, digest, hidden, mask):
     "Append the hidden states of the tokens that are no padding, row after row."
     values = hidden[mask]
     if not torch.isfinite(values).all():
         raise ValueError("The activations hold NaN or infinity. Load the model again.")
+    content = values.cpu().contiguous().view(torch.uint8).numpy()
+    digest.update(content)
     try:
-        file.write(values.cpu().contiguous().view(torch.uint8).numpy())
+        file.write(content)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -172,6 +177,7 @@ class KeptActivations:
         lengths = [len(row["input_ids"]) for row in rows.values()]
         ends = np.cumsum(lengths).tolist()
         self.path = path
+        self.optional = False  # whether a training that is resumed may do without
         self.first_layer = layout.first_layer
         self._layout = layout
         self._weights_hash = weights_hash
@@ -372,15 +378,30 @@ def keep_activations(
     weights_hash = weights_sha256(layout.below(model))
     path = folder / f"{_identity(model, layout, unique, batch_size, weights_hash)}.bin"
     needed = sum(len(row["input_ids"]) for row in features) * layout.width * layout.dtype.itemsize
+    needed += _DIGEST
     _make_room(path, needed, limit)
-    if not path.exists() or path.stat().st_size != needed:
+    if not _is_whole(path, needed):
         _check_space(folder, needed)
         bar = {"desc": "activations", "disable": not progress, "position": position}
         _capture(model, layout, features, pad, path, batch_size, bar)
     os.utime(path)  # used last just now
     kept = KeptActivations(path, layout, unique, weights_hash)
     _check_same_outputs(model, kept, kept.collator(pad)(probe))
+    if training:
+        _check_same_in_training(model, kept, kept.collator(pad)(probe))
     return kept
+
+
+def _is_whole(path, size):
+    "Whether a file is there and holds what was written."
+    if not path.exists() or path.stat().st_size != size:
+        return False
+    digest, left = hashlib.sha256(), size - _DIGEST
+    with open(path, "rb") as file:
+        while content := file.read(min(left, 1 << 20)):
+            digest.update(content)
+            left -= len(content)
+        return digest.digest() == file.read()
 
 # %% ../nbs/32_activations.ipynb #6d102f84
 def _tokens(rows, tokenizer, max_length):
@@ -464,7 +485,7 @@ def _check_same_outputs(model, kept, batch):
     if not difference <= allowed * without.abs().max().item():
         raise ValueError(
             f"{type(model).__name__} gives other outputs with kept activations (largest difference "
-            f"{difference:.1e}). Train it without them, or remove {kept.path} if it was damaged."
+            f"{difference:.1e}). Train it without them."
         )
 
 
@@ -473,6 +494,38 @@ def _first_output(output, batch):
     first = output if isinstance(output, Tensor) else output[0]
     mask = batch["attention_mask"].bool()
     return first[mask] if first.shape[:2] == mask.shape and first.ndim == 3 else first
+
+
+def _check_same_in_training(model, kept, batch):
+    "Refuse a model whose lower layers compute something else in training, such as noise."
+    batch = _on_device(model, batch)
+    values = batch.pop(KEPT)
+    layers, first = find_stack(model, kept.first_layer)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes, seen = {module: module.training for module in model.modules()}, []
+    hook = layers[first].register_forward_pre_hook(
+        lambda _, *given: seen.append(hidden_of(*given)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model.train()
+            model(**batch)
+    finally:
+        hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            if name in before:  # a running mean
+                buffer.copy_(before[name])
+    mask = batch["attention_mask"].bool()
+    difference = (seen[0][mask] - values[mask]).abs().max().item()
+    allowed = 1e-3 if values.dtype == torch.float32 else 5e-2
+    if not difference <= allowed * values[mask].abs().max().item():
+        raise ValueError(
+            f"What lies below {kept.first_layer} computes something else in training than in "
+            f"evaluation (largest difference {difference:.1e}), as noise or a BatchNorm does. "
+            "Train without kept activations."
+        )
 
 # %% ../nbs/32_activations.ipynb #f3b1c4a6
 _NO_SPACE = (

@@ -14,8 +14,9 @@ need_extra("train", "mft_nb.train")
 # %% ../nbs/36_train.ipynb #imports-14_train
 import inspect
 import json
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -221,7 +222,7 @@ _RECIPE = 'TrainConfig.recipe("recommended"); what is masked is said to MFT(mode
 def _asked(model, tokens, config, context, activations):
     "What a run is asked, as a resumed run must repeat it."
     settings = asdict(config) | (context or {})
-    if activations is not None:
+    if activations is not None and not activations.optional:
         settings["activations"] = activations.first_layer
     return asked_of(model, tokens, settings)
 
@@ -264,6 +265,59 @@ def _go_on(trainer, folder):
         vars(trainer.history).update(json.loads((last / "history.json").read_text()))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
 
+# %% ../nbs/36_train.ipynb #run-options
+_TRAINING = threading.Lock()  # held while this process trains
+_EXTRAS = {"callbacks": (), "measure": None, "context": None, "activations": None}
+
+
+@contextmanager
+def _alone():
+    "Refuse a second training in this process at the same time."
+    if not _TRAINING.acquire(blocking=False):
+        raise RuntimeError(
+            "Another thread of this process is training, and transformers' Trainer has state that "
+            "both would share. Wait until it ends, or train in a process for each."
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
+
+
+def _check_steps(eval_every, save_every, folder):
+    "Refuse numbers of steps, and a folder, that mean nothing."
+    check_number("eval_every", eval_every, 0, whole=True)
+    check_number("save_every", save_every, 0, whole=True)
+    if save_every and folder is None:
+        raise ValueError(
+            f"save_every is {save_every}, but folder is None, so there is no place for a "
+            "checkpoint. Name a folder, or leave save_every out."
+        )
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"folder is {folder}, which is a file; allowed is a new or empty folder.")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("Gradients are off (torch.no_grad), so nothing would be learned.")
+
+
+def _check_extras(callbacks, measure, context, activations):
+    "Refuse optional arguments of the wrong class."
+    several = callbacks if isinstance(callbacks, (tuple, list)) else [None]
+    if not all(isinstance(one, TrainerCallback) for one in several):
+        raise TypeError(
+            f"callbacks is {callbacks!r}; allowed is a tuple of TrainerCallback objects, such as "
+            "callbacks=(MyCallback(),)."
+        )
+    if measure is not None and not callable(measure):
+        raise TypeError(f"measure is {measure!r}; allowed is a function without arguments.")
+    if activations is not None:
+        check_type("activations", activations, KeptActivations, "what keep_activations gives")
+    try:
+        json.dumps(dict(context or {}))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"context is {context!r}; allowed is a dict of plain values: text, numbers, lists."
+        ) from None
+
 # %% ../nbs/36_train.ipynb #d73cee9e
 def train(
     model: nn.Module,  # trained in place; only parameters with requires_grad change
@@ -285,6 +339,8 @@ def train(
 ) -> History:  # curves of the loss and of the task's metric on validation
     "Train a model on rows of a task; a run that was killed goes on where it was."
     check_type("config", config, TrainConfig, _RECIPE)
+    _check_steps(eval_every, save_every, folder)
+    _check_extras(callbacks, measure, context, activations)
     task = find_task(model, rows, task)
     if validation is not None:
         find_task(model, validation, task, what="validation")
@@ -304,7 +360,7 @@ def train(
     callbacks = [watch, *callbacks]
     collator, skipping = with_activations(model, task.collator(tokenizer), activations)
     asked = partial(_asked, model, tokens, config, context, activations)
-    with own_folder(folder, asked) as own, skipping, same_config(model):
+    with _alone(), own_folder(folder, asked) as own, skipping, same_config(model):
         saving = save_every if folder else 0
         arguments = _train_arguments(own, model.device, config, len(rows), saving)
         _go_on(_make_trainer(model, tokens, arguments, collator, history, config, callbacks), own)
@@ -326,7 +382,7 @@ def fit(
 ) -> History:  # `measured` holds the fraction of mask bits changed, and the penalty
     "Train the scores of a mask on rows of any task."
     config = TrainConfig.recipe("recommended") if config is None else config
-    _check_fit(mft, tokenizer, config, options)
+    _check_fit(mft, tokenizer, config, kept, options)
     task = options["task"] = find_task(mft.model, rows, task, text, text_pair, label)
     _check_trainable(mft, step_count(config, len(rows)))
     first = mft.bitmask()
@@ -345,18 +401,23 @@ def fit(
         if kept:
             options["activations"] = below()
         elif kept is None and _pays(mft, task, config, rows, options):
-            with suppress(ValueError):  # not for this model, or no room on the disk
+            with suppress(ValueError, OSError):  # not for this model, or no room on the disk
                 options["activations"] = below(folder=folder, limit=_MOST_KEPT)
+                options["activations"].optional = True
+                options["activations"].path.unlink()  # what is open stays readable
         history = train(mft.model, tokenizer, rows, config, **options)
     mft.trained_with = asdict(config) | task.as_settings
     return history
 
 # %% ../nbs/36_train.ipynb #fit-arguments
-def _check_fit(mft, tokenizer, config, options):
+def _check_fit(mft, tokenizer, config, kept, options):
     "Refuse arguments of the wrong class, and names that neither `fit` nor `train` has."
     check_type("mft", mft, MFT, "MFT(model, config), which puts a mask on a model")
     check_tokenizer(tokenizer)
     check_type("config", config, TrainConfig, _RECIPE)
+    if kept not in (None, True, False):
+        raise ValueError(f"kept is {kept!r}; allowed are True, False, and None for where it pays.")
+    _check_extras(*(options.get(name, default) for name, default in _EXTRAS.items()))
     known = [*inspect.signature(fit).parameters, *inspect.signature(train).parameters]
     known = [one for one in dict.fromkeys(known) if one not in ("model", "options")]
     for name in options:
@@ -390,8 +451,9 @@ def _pays(mft, task, config, rows, options):
     "Whether rows pass often enough, and simply enough, that `fit` keeps what lies below by itself."
     passes = step_count(config, len(rows)) * config.batch_size / len(rows)
     simple = task.name in ("classification", "regression", "multi-label")
-    free = "activations" not in options and not mft.config.dropout
-    return free and simple and passes >= 2 and next(mft.model.parameters()).device.type == "cpu"
+    free = not {"activations", "callbacks"} & options.keys() and not mft.config.dropout
+    here = next(mft.model.parameters()).device.type == "cpu"
+    return free and simple and here and round(passes) >= 2
 
 
 def _keep_below(mft, task, tokenizer, rows, config, options, **place):

@@ -232,20 +232,21 @@ def test_an_error_within_leaves_the_model_as_it_was(gpt2):
     assert traces(gpt2.model) == before
 
 
-def test_a_damaged_file_is_noticed(gpt2):
-    kept = keep(gpt2)
-    kept.path.write_bytes(np.random.default_rng(0).bytes(kept.path.stat().st_size // 4 * 4))
-    noise = np.random.default_rng(0).normal(size=kept.path.stat().st_size // 4)
-    kept.path.write_bytes(noise.astype(np.float32).tobytes())
-    with pytest.raises(ValueError, match="gives other outputs with kept activations"):
-        keep(gpt2)
+def test_a_damaged_file_is_made_anew(gpt2):
+    path = keep(gpt2).path
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 3] ^= 255
+    path.write_bytes(damaged)
+    assert keep(gpt2).path.read_bytes() == whole
 
 
 def test_half_precision_is_kept_as_it_is(gpt2):
-    full = keep(gpt2).path.stat().st_size
+    digest = 32  # bytes
+    full = keep(gpt2).path.stat().st_size - digest
     gpt2.model.to(torch.bfloat16)
     kept = keep(gpt2)
-    assert kept.path.stat().st_size * 2 == full
+    assert (kept.path.stat().st_size - digest) * 2 == full
     assert kept._values.dtype == torch.bfloat16
 
 
