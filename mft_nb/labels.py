@@ -132,7 +132,7 @@ def _number_reader(config, feature, values):
     def read(value):
         if isinstance(value, str):
             try:
-                value = float(value)
+                value = float(value) if "_" not in value else None
             except ValueError:
                 return None
         real = isinstance(value, Real) and not isinstance(value, bool)
@@ -144,24 +144,31 @@ def _number_reader(config, feature, values):
 def _list_reader(config, feature, values):
     "Reads labels, as names or as zeros and ones, into zeros and ones."
     count, inner = config.num_labels, _inner(feature)
+    values = None if values is None else list(values)
     read_class = _class_reader(config, inner, _flat(values, _listed))
+    check = _check_bits(values or (), count, _names(config))
 
     def read(value):
-        if isinstance(value, str):
-            value = _listed(value)
+        value = _listed(value)
         if not isinstance(value, list):
             return None
         if not isinstance(inner, ClassLabel) and not any(isinstance(one, str) for one in value):
             ours = len(value) == count and all(one in (0, 1) for one in value)
             return [float(one) for one in value] if ours or not value else None
+        check(value)
+        if _are_bits(value, count):
+            return [float(one) for one in value]
         classes = [read_class(one) for one in value]
-        return None if None in classes else [float(n in classes) for n in range(count)]
+        twice = len(set(classes)) < len(classes) and any(_number_of(v) is not None for v in value)
+        return None if None in classes or twice else [float(n in classes) for n in range(count)]
 
     return lambda value: [0.0] * count if (found := read(value)) == [] else found
 
 
 def _listed(text):
-    "A list from a cell: as JSON, or with commas between."
+    "A list from a cell: as JSON, or with commas between; a list stays."
+    if not isinstance(text, str):
+        return text
     if text.strip().startswith("["):
         try:
             return json.loads(text)
@@ -181,6 +188,34 @@ def _flat(values, split):
         return None
     lists = [split(value) if isinstance(value, str) else value for value in values]
     return [one for some in lists if isinstance(some, list) for one in some]
+
+# %% ../nbs/28_labels.ipynb #bits-code
+_BITS = {"0", "1", "0.0", "1.0"}
+
+
+def _are_bits(labels, count):
+    "Whether texts are one zero or one for each label of the model."
+    return len(labels) == count and all(str(one) in _BITS for one in labels)
+
+
+def _check_bits(values, count, names):
+    "What refuses a list that does not go with the zeros and ones of its column."
+    lists = [value for value in map(_listed, values) if isinstance(value, list)]
+    lists = [value for value in lists if any(isinstance(one, str) for one in value)]
+    bits = next((value for value in lists if _are_bits(value, count)), None)
+    sure = any(_are_bits(value, count) and len(set(value)) < count for value in lists)
+    as_names = not sure and not {"0", "1"}.isdisjoint(names)
+
+    def check(value):
+        if bits is None or (_are_bits(value, count) and not as_names):
+            return
+        raise ValueError(
+            f"the label {','.join(map(str, value))!r} is in one column with "
+            f"{','.join(map(str, bits))!r}, which may be {count} zeros and ones or the labels with "
+            "these numbers or names. Write zeros and ones in all rows, or other names in all rows."
+        )
+
+    return check
 
 # %% ../nbs/28_labels.ipynb #text-readers
 def _tag_reader(config, feature, values):

@@ -303,13 +303,17 @@ def _span(numbers):
     return ", ".join(map(str, numbers)) or "none (no name holds a number)"
 
 # %% ../nbs/01_targets.ipynb #3078a067
-def check_pattern(pattern: str) -> str:
+def check_pattern(
+    pattern: str,  # a regular expression
+    field: str = "patterns",  # name in the message
+) -> str:  # the same
     "Refuse what is not a regular expression with a ValueError."
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(
-            f"The pattern {pattern!r} is not a regular expression ({error})."
+            f"{field} has {pattern!r}, which is not a regular expression ({error}). Correct it, or "
+            "give a part of a weight's name, such as 'query'."
         ) from None
     return pattern
 
@@ -323,7 +327,7 @@ def check_patterns(
         raise TypeError(
             f"{field} is {patterns!r}; give a list of regular expressions such as ['query']."
         )
-    return tuple(check_pattern(pattern) for pattern in patterns)
+    return tuple(check_pattern(pattern, field) for pattern in patterns)
 
 # %% ../nbs/01_targets.ipynb #check-excluded
 def _check_excluded(model, linear, exclude_modules):
