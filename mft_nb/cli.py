@@ -518,7 +518,8 @@ def mft_apply(
     if out:
         _check_new_folder(out)
     _check_source(model)
-    path = Path(mask) / MASK_FILE if Path(mask).is_dir() else Path(mask)
+    path = Path(mask).expanduser()
+    path = path / MASK_FILE if path.is_dir() else path
     saved = load_mask(path)
     if shrink:
         _check_prunes_units(saved.mask, path)

@@ -209,7 +209,7 @@ def _from_json(text, path):
     if text.lstrip().startswith("["):
         rows = _json(text, path)
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in re.split("[\\r\\n]", text) if line.strip()]
         rows = [_json(line, f"{path}: row {number}") for number, line in enumerate(lines, 1)]
     wrong = _first_row(not isinstance(row, dict) for row in rows)
     if wrong:
@@ -238,10 +238,28 @@ def _object(pairs):
     return found
 
 # %% ../nbs/27_data.ipynb #columns-code
+_LARGEST = 2**63 - 1  # in a column of a table
+
+
+def _is_large(value):
+    "Whether a value is or holds a whole number that no table takes."
+    if isinstance(value, list | dict):
+        return any(map(_is_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST
+
+
 def _of_columns(columns, path):
     "A data set, or a ValueError that names the first row of another type than those before it."
     try:
         return Dataset.from_dict(columns)
+    except OverflowError:
+        for name, values in columns.items():
+            if large := _first_row(map(_is_large, values)):
+                raise ValueError(
+                    f"{path}: row {large} has a whole number in {name} that is too large; allowed "
+                    f"is at most {_LARGEST}. Correct it, or write it as a text."
+                ) from None
+        raise
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         for name, values in columns.items():
             kinds = [type(value) for value in values if value is not None]

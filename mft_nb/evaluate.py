@@ -16,8 +16,9 @@ import copy
 import hashlib
 import inspect
 import json
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,11 +29,12 @@ from torch import nn
 from transformers import Trainer
 
 from .activations import KeptActivations
-from .config import check_type
+from .config import check_number, check_type
 from .data import tokenise
 from .metrics import Comparison, compare
+from .model import head_of
 from .survey import evaluating
-from .tasks import Task, find_task
+from .tasks import TASKS, Task, find_task
 from .trainer import quiet_arguments, same_config, same_random_state
 
 # %% ../nbs/34_evaluate.ipynb #fits0002
@@ -40,7 +42,7 @@ def check_fits(
     model: nn.Module,  # of transformers, to train or to evaluate
     tokens: Dataset,  # columns input_ids and length
 ) -> None:
-    "Refuse tokens without an embedding or a position, and what is no model of transformers."
+    "Refuse tokens that a model cannot take, and what is no model of transformers."
     if not hasattr(model, "config"):
         raise TypeError(
             f"model is a {type(model).__name__}; allowed is a model of transformers. Train another "
@@ -49,7 +51,7 @@ def check_fits(
         )
     _check_some(tokens)
     highest = max(max(ids, default=0) for ids in tokens["input_ids"])
-    known = getattr(model.get_input_embeddings(), "num_embeddings", highest + 1)
+    known = getattr(_embeddings(model), "num_embeddings", highest + 1)
     if highest >= known:
         raise ValueError(
             f"The tokenizer gives the token {highest}, and the model has embeddings for {known}. "
@@ -61,6 +63,11 @@ def check_fits(
             f"A sentence has {longest} tokens, and the model has places for {room}. Give "
             f"max_length={room} or less."
         )
+    if len(tokens) > 1 and _lacks_padding(model):
+        raise ValueError(
+            "The model's config has no pad_token_id, and its forward pass needs one for a batch of "
+            "rows. Set model.config.pad_token_id = tokenizer.pad_token_id, and save the model."
+        )
 
 # %% ../nbs/34_evaluate.ipynb #places-code
 _ROWS = "read_rows(file), Dataset.from_pandas(table) or Dataset.from_list(rows)"
@@ -70,6 +77,23 @@ def _check_some(rows):
     "Refuse rows of which there are none."
     if len(rows) == 0:
         raise ValueError("rows is empty; give at least one sentence.")
+
+
+def _embeddings(model):
+    "The table of the tokens' vectors; None where the model has none, or does not say."
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _lacks_padding(model):
+    "Whether a classifier looks in its config for a token to fill up with, and there is none."
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if head_of(model) != "sequence" or "pad_token_id" not in getattr(code, "co_names", ()):
+        return False
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    return getattr(config, "pad_token_id", None) is None
 
 
 def _lengths(model, tokens):
@@ -92,20 +116,27 @@ def _places(model):
 def predict(
     model: nn.Module,  # a sequence classifier
     tokenizer: Any,  # its tokenizer
-    rows: Dataset,  # column sentence, or the columns of the task; a label is ignored
+    rows: Dataset,  # column sentence or text, or those of the task; a label is ignored
     batch_size: int = 64,  # rows a batch
     max_length: int = 128,  # tokens a sentence
     activations: KeptActivations | None = None,  # that hold all rows
-    task: Task | None = None,  # says which columns hold the texts
+    task: Task | str | None = None,  # says which columns hold the texts
 ) -> np.ndarray:  # logits, float32 (rows, classes), in the order of the rows
     "Logits for each sentence."
     check_type("rows", rows, Dataset, _ROWS)
     _check_some(rows)
+    _check_sizes(max_length, batch_size)
     if task is not None:
+        task = find_task(model, rows, task, labels=False)
+        if task.kind.head != "sequence":
+            raise ValueError(
+                f"task is {task.name!r}, which gives no logits for a sentence as a whole. Call "
+                "evaluate(model, tokenizer, rows)."
+            )
         rows = task.checked(rows, model, labels=False)
         tokens = task.tokens(rows, tokenizer, max_length)
     else:
-        tokens = tokenise(rows, tokenizer, max_length)
+        tokens = tokenise(_only_sentences(rows), tokenizer, max_length)
     return _logits(model, tokenizer, tokens, batch_size, activations)
 
 
@@ -130,6 +161,21 @@ def _logits(model, tokenizer, tokens, batch_size, activations):
     restored[order] = logits
     return restored
 
+# %% ../nbs/34_evaluate.ipynb #predict-parts
+_MOST = 2**31 - 1  # what the libraries below take as a whole number
+
+
+def _check_sizes(max_length, batch_size):
+    "Refuse numbers of tokens and rows as a `TrainConfig` does."
+    check_number("max_length", max_length, 3, _MOST, whole=True)
+    check_number("batch_size", batch_size, 1, _MOST, whole=True)
+
+
+def _only_sentences(rows):
+    "The first of the usual columns of texts that is there, as sentence, and no other."
+    found = next((name for name in TASKS["classification"].text if name in rows.column_names), None)
+    return rows if found is None else Dataset.from_dict({"sentence": rows[found][:]})
+
 # %% ../nbs/34_evaluate.ipynb #3327eb-1
 def with_activations(
     model: nn.Module,  # that will run
@@ -149,10 +195,34 @@ def _first_output(logits, _):
 # %% ../nbs/34_evaluate.ipynb #3327eb-2
 def accuracy(
     logits: np.ndarray,  # (rows, classes)
-    labels: list[int],  # (rows,)
+    labels: Iterable[int | str],  # (rows,), numbers of classes, as digits too
 ) -> float:  # 0 to 1
-    "Fraction of the rows whose largest logit is the label's."
-    return float(np.mean(logits.argmax(axis=1) == np.asarray(labels)))
+    "Fraction of the rows whose largest logit is the label's; ValueError for labels of other kinds."
+    logits = np.asarray(logits)
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != len(labels) or not labels:
+        raise ValueError(
+            f"logits has the shape {logits.shape}, and there are {len(labels)} labels; allowed is "
+            "(rows, classes) with 2 classes or more, and one label a row. For other tasks call "
+            "evaluate(model, tokenizer, rows)."
+        )
+    numbers = [_class_of(label) for label in labels]
+    for row, (label, number) in enumerate(zip(labels, numbers, strict=True), 1):
+        if number not in range(logits.shape[1]):
+            raise ValueError(
+                f"labels has {label!r} in row {row}; allowed are whole numbers from 0 to "
+                f"{logits.shape[1] - 1}. For names and other labels call "
+                "evaluate(model, tokenizer, rows)."
+            )
+    return float(np.mean(logits.argmax(axis=1) == np.asarray(numbers)))
+
+
+def _class_of(label):
+    "The number of a class from a number or its digits; None for anything else."
+    label = label.item() if isinstance(label, np.generic | torch.Tensor) else label
+    if isinstance(label, str):
+        return int(label) if re.fullmatch("[0-9]+", label) else None
+    return int(label) if isinstance(label, int | float) and label == label // 1 else None
 
 # %% ../nbs/34_evaluate.ipynb #counts-code
 def _count_sentences(name, logits, labels):
@@ -308,6 +378,7 @@ def evaluate(
     write: bool = True,  # whether a model that writes is asked to write; its loss alone is faster
 ) -> Counts:  # by metric, the first one first: counts (rows, numbers)
     "What the metrics of a task are made of, row by row."
+    _check_sizes(max_length, batch_size)
     task = find_task(model, rows, task)
     rows = task.checked(rows, model)
     tokens = task.tokens(rows, tokenizer, max_length)

@@ -26,7 +26,12 @@ import torch
 from fastcore.basics import patch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    ModulesToSaveWrapper,
+    load_peft_weights,
+)
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
@@ -36,7 +41,7 @@ from .carriers import NoPickle, check_model, check_weights, choose_weights
 from .config import MaskConfig, check_choice, name_fields, split_settings
 from .files import whole, write_whole
 from .freeze import Frozen, dropout_rates
-from .hub import MASK_FILE, MODULES_FILE, find_mask, write_loading
+from .hub import MASK_FILE, MODULES_FILE, ask_hub, find_mask, write_loading
 from .mask_file import check_base, load_mask, save_mask
 from .passes import ForwardPass
 from mft_nb.peft_layers import (
@@ -439,11 +444,12 @@ def penalty(self: MftModel) -> Tensor:  # a scalar; 0 without a penalty
 
 # %% ../nbs/40_peft.ipynb #to-mask-code
 def adapter_to_mask(
-    adapter: str | Path,  # folder that `PeftModel.save_pretrained` wrote
+    adapter: str | Path,  # folder that `PeftModel.save_pretrained` wrote, or its id on the hub
     folder: str | Path,  # for the mask file; made if missing
     model: nn.Module,  # the plain base; only read
 ) -> Path:  # the mask file, for `MFT.from_pretrained` and `MaskSwitch`
     "Write the mask of an adapter as a mask file; ValueError where it belongs to another base."
+    _check_saved(str(adapter))
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, MftConfig):
         raise ValueError(
@@ -471,6 +477,23 @@ def adapter_to_mask(
 
 # %% ../nbs/40_peft.ipynb #to-mask-tools
 _PREFIX = "base_model.model."  # of all names in an adapter's file
+
+
+def _check_saved(adapter):
+    "Refuse what is no folder of an adapter and, while the hub is out of reach, an id on it."
+    if (Path(adapter) / CONFIG_NAME).is_file():
+        return
+    reason = ""
+    if not Path(adapter).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter):
+        try:
+            ask_hub(adapter, CONFIG_NAME)
+            return
+        except ConnectionError as error:
+            reason = f" ({error})"
+    raise FileNotFoundError(
+        f"No adapter {adapter}{reason}. Name a folder that PeftModel.save_pretrained wrote, with "
+        f"{CONFIG_NAME} in it, or an id on the hub, such as me/my-adapter."
+    )
 
 
 def _owner(name):

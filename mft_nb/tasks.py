@@ -105,19 +105,20 @@ def find_task(
     text_pair: str | None = None,  # column with a second text; None: there is none
     label: str | None = None,  # column; None: the usual names, and none for a causal model
     what: str = "rows",  # how a message calls the rows
+    labels: bool = True,  # whether rows must have a label
 ) -> Task:
     "What a model is to learn from rows; ValueError where they do not go together."
     _check_dataset(rows, what)
     if isinstance(task, Task):
         _check_head(model, task.name)
         columns = [getattr(task, field) for field in ("text", "text_pair", "label")]
-        text, text_pair, label = _columns(task.name, rows, what, *columns)
+        text, text_pair, label = _columns(task.name, rows, what, *columns, labels)
         return replace(task, text=text, text_pair=text_pair, label=label)
     name = task or _told(model, rows, label)
     if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}. Name one of them.")
     _check_head(model, name)
-    return Task(name, *_columns(name, rows, what, text, text_pair, label))
+    return Task(name, *_columns(name, rows, what, text, text_pair, label, labels))
 
 
 def _told(model, rows, label):
@@ -198,7 +199,7 @@ def _check_dataset(rows, what):
         raise ValueError(f"{what} is empty; give at least one row.")
 
 
-def _columns(name, rows, what, text, text_pair, label):
+def _columns(name, rows, what, text, text_pair, label, labels):
     "The columns of a task, each of them there."
     kind, known = TASKS[name], rows.column_names
     if text_pair and not kind.pairs:
@@ -208,7 +209,8 @@ def _columns(name, rows, what, text, text_pair, label):
             "Leave it out."
         )
     text = text or _usual("text", kind.text, known, what, kind.pairs)
-    if not label and name != "causal-lm":
+    label = label if labels else None
+    if labels and not label and name != "causal-lm":
         label = _usual("label", kind.labels, known, what)
     for field, column in (("text", text), ("text_pair", text_pair), ("label", label)):
         if column and column not in known:
