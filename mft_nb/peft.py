@@ -26,12 +26,7 @@ import torch
 from fastcore.basics import patch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import (
-    CONFIG_NAME,
-    SAFETENSORS_WEIGHTS_NAME,
-    ModulesToSaveWrapper,
-    load_peft_weights,
-)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
@@ -481,18 +476,18 @@ _PREFIX = "base_model.model."  # of all names in an adapter's file
 
 def _check_saved(adapter):
     "Refuse what is no folder of an adapter and, while the hub is out of reach, an id on it."
-    if (Path(adapter) / CONFIG_NAME).is_file():
+    config, reason = peft.utils.CONFIG_NAME, ""
+    if (Path(adapter) / config).is_file():
         return
-    reason = ""
     if not Path(adapter).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter):
         try:
-            ask_hub(adapter, CONFIG_NAME)
+            ask_hub(adapter, config)
             return
         except ConnectionError as error:
             reason = f" ({error})"
     raise FileNotFoundError(
         f"No adapter {adapter}{reason}. Name a folder that PeftModel.save_pretrained wrote, with "
-        f"{CONFIG_NAME} in it, or an id on the hub, such as me/my-adapter."
+        f"{config} in it, or an id on the hub, such as me/my-adapter."
     )
 
 

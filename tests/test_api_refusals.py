@@ -2,17 +2,19 @@
 
 import math
 import re
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save_file
 
 from mft_nb.cli import parse_layers, plain_errors
-from mft_nb.evaluate import Counts, compare_all
+from mft_nb.evaluate import Counts, accuracy, compare_all
 from mft_nb.mask import MFT, MaskConfig
 from mft_nb.peft import MftConfig, adapter_to_mask
 from mft_nb.scopes import SCOPES
@@ -169,6 +171,54 @@ def test_digits_are_names_or_numbers_as_the_whole_column_says():
     for labels in ([0.5, 1.0], [0.0, 2.0], ["0.5", "1"]):
         with pytest.raises(ValueError, match="allowed is bad, good, or a whole number from 0 to 1"):
             read(labels, names=("bad", "good"))
+
+
+def read_lists(labels, count=3, name="LABEL_{}"):
+    """Lists of labels as a model reads them."""
+    model = tiny_bert(num_hidden_layers=1, num_labels=count)
+    model.config.id2label = {number: name.format(number) for number in range(count)}
+    model.config.label2id = {name.format(number): number for number in range(count)}
+    rows = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+    return find_task(model, rows, "multi-label").checked(rows, model)["label"][:]
+
+
+def test_lists_of_digits_are_zeros_and_ones_or_labels_as_the_whole_column_says():
+    bits = [[0, 0, 0], [1, 1, 1], [0, 0, 1], [0, 1, 0]]
+    texts = [[str(one) for one in row] for row in bits]
+    cells = [",".join(row) for row in texts]
+    for labels in (bits, texts, cells, ["0, 0,0.0", *map(str, bits[1:])]):
+        assert read_lists(labels) == bits
+    assert read_lists(["0,1", "1,1"], count=2) == [[0, 1], [1, 1]]
+    assert read_lists(["0,2", "1", "[]"]) == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert read_lists(["0,0,1", "1,0,0"], name="{}") == [[0, 0, 1], [1, 0, 0]]
+    for labels in (["0,0,1", "2"], ["LABEL_1", "1,0,1"], [["0", "0", "1"], ["0", "1"]]):
+        with pytest.raises(ValueError, match="row [12]: the label .* is in one column with"):
+            read_lists(labels)
+    with pytest.raises(ValueError, match="row 1: the label '0,1' .* 2 zeros and ones or"):
+        read_lists(["0,1", "1,0"], count=2, name="{}")
+    with pytest.raises(ValueError, match="label '1,1' in row 1; allowed is a list of 3 zeros"):
+        read_lists(["1,1", "0,1"])
+
+
+def test_accuracy_reads_digits_and_refuses_other_labels():
+    logits = np.array([[1.0, 2.0], [2.0, 1.0]])
+    for labels in ([1, 0], ["1", "0"], [1.0, 0.0], torch.tensor([1, 0]), [True, False]):
+        assert accuracy(logits, labels) == 1.0
+    for labels in (["good", "bad"], [1, 2], [0.5, 1], [[1], [0]], [1, None]):
+        with pytest.raises(ValueError, match=r"row [12]; allowed are .* to 1\. .* call evaluate\("):
+            accuracy(logits, labels)
+    for wrong in (logits[:, :1], logits[:1], logits[0]):
+        with pytest.raises(ValueError, match=r"logits has the shape \(.*call evaluate\("):
+            accuracy(wrong, [1, 0])
+
+
+def test_an_adapter_that_is_nowhere_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9")  # nobody
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
+    for adapter in ("nope", tmp_path, "me/nope"):
+        with pytest.raises(FileNotFoundError, match="No adapter .*Name a folder that PeftModel"):
+            adapter_to_mask(adapter, tmp_path / "mask", tiny_bert())
 
 
 def test_a_block_that_nobody_enters_warns(mft):

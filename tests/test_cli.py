@@ -96,6 +96,7 @@ BAD_FITS = [
     ({"keep": 1.5}, "keep is 1.5; allowed is above 0 and at most 1"),
     ({"layers": "6"}, "layers holds 6, but the model's layers are 0 to 5"),
     ({"layers": "last"}, "layers is 'last'"),
+    ({"target_modules": "("}, "target_modules has '(', which is not a regular expression"),
     ({"target_modules": "qkv"}, "'qkv', which matches no maskable weight"),
     ({"recipe": "best"}, "recipe is 'best'; allowed are bert_mft, paper, recommended"),
     ({"recipe": "seed"}, "recipe is 'seed'; allowed are bert_mft, paper, recommended"),
@@ -336,10 +337,12 @@ def test_a_fit_that_was_killed_goes_on_with_resume(files, tmp_path, capsys, monk
     assert not (stopped / "unfinished").exists()
 
 
-def test_apply_refuses(files, tmp_path, capsys):
+def test_apply_refuses(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "mask.safetensors").write_bytes(b"not a mask")
     options = {"model": str(files / "model"), "out": str(tmp_path / "out")}
-    for mask, expected in [("nowhere", "No mask file"), (tmp_path, "not a mask file")]:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    wrong = [("nowhere", "No mask file"), (tmp_path, "not a mask file")]
+    for mask, expected in [*wrong, (f"~/{tmp_path.name}", "not a mask file")]:
         status, said = call_here("mft_apply", capsys, mask=str(mask), **options)
         check_refusal(status, said, expected)
     assert not (tmp_path / "out").exists()

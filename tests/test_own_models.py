@@ -6,9 +6,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, GPT2Config, GPT2Model, Trainer
+from transformers import (
+    AutoTokenizer,
+    CanineConfig,
+    CanineForSequenceClassification,
+    CanineTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Model,
+    Trainer,
+)
 
 from mft_nb.bitmask import random_mask
+from mft_nb.evaluate import evaluate
 from mft_nb.mask import MASK_FILE, MFT, MaskConfig
 from mft_nb.mask_file import load_mask
 from mft_nb.model import fetch_model, load_classifier
@@ -92,12 +102,49 @@ def test_rows_of_another_kind_are_refused(tokenizer, rows, given, error, said):
         fit(MFT(bert()), tokenizer, given(rows), progress=False)
 
 
+def test_predict_reads_texts_alone(tokenizer, rows):
+    named = rows.rename_column("sentence", "text").remove_columns("label")
+    named = named.add_column("label", ["a name"] * len(rows))
+    wanted = predict(bert(), tokenizer, rows)
+    for given, task in ((named, None), (named, "classification"), (rows, "classification")):
+        assert (predict(bert(), tokenizer, given, task=task) == wanted).all()
+    bare = named.remove_columns("label")
+    assert (predict(bert(), tokenizer, bare, task="classification") == wanted).all()
+    with pytest.raises(ValueError, match="task is 'best'; allowed are classification"):
+        predict(bert(), tokenizer, rows, task="best")
+    with pytest.raises(ValueError, match="task is 'causal-lm', and the model has a head for"):
+        predict(bert(), tokenizer, rows, task="causal-lm")
+
+
+def test_a_classifier_without_a_token_to_fill_up_with_is_refused(tokenizer, rows):
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 30522}
+    gpt2 = GPT2ForSequenceClassification(GPT2Config(**sizes))
+    for ask in (predict, evaluate, lambda *given: fit(MFT(gpt2), *given[1:], progress=False)):
+        with pytest.raises(ValueError, match="config has no pad_token_id, .* Set model.config.pad"):
+            ask(gpt2, tokenizer, rows)
+    assert predict(gpt2, tokenizer, rows.select([0])).shape == (1, 2)
+    gpt2.config.pad_token_id = tokenizer.pad_token_id
+    assert predict(gpt2, tokenizer, rows).shape == (24, 2)
+
+
+def test_a_model_whose_embeddings_nobody_can_tell_is_measured():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sizes |= {"num_hash_buckets": 16, "max_position_embeddings": 64, "num_hidden_layers": 1}
+    canine = CanineForSequenceClassification(CanineConfig(**sizes)).eval()
+    two = Dataset.from_dict({"text": ["a fine film", "a dull one"], "label": [1, 0]})
+    assert evaluate(canine, CanineTokenizer(), two, max_length=32)["accuracy"].shape == (2, 1)
+
+
 def test_a_model_that_the_rows_do_not_fit_is_refused(tokenizer, rows):
     with pytest.raises(ValueError, match="The tokenizer gives the token .* embeddings for 100"):
         fit(MFT(bert(vocab_size=100)), tokenizer, rows, progress=False)
     with pytest.raises(ValueError, match="places for 8. Give max_length=8 or less"):
         predict(bert(max_position_embeddings=8), tokenizer, rows)
     assert predict(bert(max_position_embeddings=8), tokenizer, rows, max_length=8).shape == (24, 2)
+    for numbers in ({"max_length": 0}, {"max_length": -5}, {"batch_size": 0}, {"batch_size": 1.5}):
+        for ask in (predict, evaluate):
+            with pytest.raises((TypeError, ValueError), match=f"{[*numbers][0]} is .*; allowed"):
+                ask(bert(), tokenizer, rows, **numbers)
     headless = GPT2Model(GPT2Config(n_embd=16, n_layer=3, n_head=2))
     with pytest.raises(TypeError, match="model is a GPT2Model; .*loop of your own"):
         fit(MFT(headless), tokenizer, rows, progress=False)
