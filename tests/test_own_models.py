@@ -129,7 +129,7 @@ def test_a_classifier_without_a_token_to_fill_up_with_is_refused(tokenizer, rows
 
 def test_a_model_whose_embeddings_nobody_can_tell_is_measured():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    sizes |= {"num_hash_buckets": 16, "max_position_embeddings": 64, "num_hidden_layers": 1}
+    sizes |= {"num_hash_buckets": 64, "max_position_embeddings": 64, "num_hidden_layers": 1}
     canine = CanineForSequenceClassification(CanineConfig(**sizes)).eval()
     two = Dataset.from_dict({"text": ["a fine film", "a dull one"], "label": [1, 0]})
     assert evaluate(canine, CanineTokenizer(), two, max_length=32)["accuracy"].shape == (2, 1)
