@@ -319,7 +319,7 @@ def needed_masks(
             mine += [replace(one, seed=run.seed - 1) for one in mine[:3]]
     return mine
 
-# %% ../../nbs/study/12_plan.ipynb #names-of-code
+
 def checkpoint_names(
     run: Run,  # any
 ) -> tuple[str, ...]:  # in the order of the training
