@@ -145,7 +145,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("options, said", WRONG, ids=str)
+@pytest.mark.parametrize("options, said", WRONG, ids=[" ".join(one) for one, _ in WRONG])
 def test_options_that_mean_nothing_are_refused(options, said, tokenizer):
     with pytest.raises((ValueError, TypeError), match=said):
         learned(tokenizer, **options)

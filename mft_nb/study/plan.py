@@ -517,7 +517,7 @@ PUBLISHED["units_base"] = (
         ("units_trained",),
         variants=("neurons",),
         keeps=(0.5,),
-        covers="trained masks, not complete yet",
+        covers="trained masks, third machine",
     ),
 )
 PUBLISHED |= {
