@@ -75,10 +75,19 @@ def same_run(
     known = json.loads(path.read_text())
     other = [name for name in known | asked if known.get(name) != asked.get(name)]
     if other:
+        told = _first_difference(other[0], asked.get(other[0]), known.get(other[0]))
         raise ValueError(
-            f"{folder} holds an unfinished run with other {', '.join(other)}. Give the same "
-            "settings to go on with it, or delete the folder to start anew."
+            f"{folder} holds an unfinished run with other {', '.join(other)}: {told}. Give the "
+            "same settings to go on with it, or delete the folder to start anew."
         )
+
+
+def _first_difference(name, value, other):
+    "What is asked now and what was asked then, of a setting or the first that differs in it."
+    if isinstance(value, dict) and isinstance(other, dict):
+        name = next(one for one in value | other if value.get(one) != other.get(one))
+        value, other = value.get(name), other.get(name)
+    return f"{name} is {value!r}, and it was {other!r}"
 
 # %% ../nbs/35_resume.ipynb #resumable-code
 def check_resumable(
@@ -104,14 +113,6 @@ def check_resumable(
             f"{folder} holds a run that was stopped before its first whole checkpoint, so there is "
             "nothing to go on from. Start it anew, without resume."
         )
-
-
-def _first_difference(name, value, other):
-    "What is asked now and what was asked then, of a setting or the first that differs in it."
-    if isinstance(value, dict) and isinstance(other, dict):
-        name = next(one for one in value | other if value.get(one) != other.get(one))
-        value, other = value.get(name), other.get(name)
-    return f"{name} is {value!r}, and it was {other!r}"
 
 # %% ../nbs/35_resume.ipynb #own-folder
 @contextmanager
