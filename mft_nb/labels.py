@@ -164,7 +164,7 @@ def _list_reader(config, feature, values):
 
     return lambda value: [0.0] * count if (found := read(value)) == [] else found
 
-
+# %% ../nbs/28_labels.ipynb #label-readers-2
 def _listed(text):
     "A list from a cell: as JSON, or with commas between; a list stays."
     if not isinstance(text, str):
