@@ -132,19 +132,15 @@ def chosen_rates(
 
 
 def _on_validation(records, method, rate, folder):
-    "Mean exact match, and less the mean log loss, of a rate at both checkpoints."
-    names = [
-        f"seed{RATES_SEED}-{checkpoint}-{method}-rate_{rate:g}"
-        for checkpoint in ("best", "overfitted")
-    ]
-    missing = [name for name in names if name not in records]
-    if missing:
+    "Exact match, and less the log loss, of a rate."
+    name = f"seed{RATES_SEED}-best-{method}-rate_{rate:g}"
+    if name not in records:
         raise MissingRecords(
-            f"{folder} has no record {missing[0]} of the study rates. Run it with --studies rates "
+            f"{folder} has no record {name} of the study rates. Run it with --studies rates "
             f"--seeds {RATES_SEED}."
         )
-    seen = [records[name]["happened"]["validation"] for name in names]
-    return np.mean([one["accuracy"] for one in seen]), -np.mean([one["log_loss"] for one in seen])
+    seen = records[name]["happened"]["validation"]
+    return seen["accuracy"], -seen["log_loss"]
 
 # %% ../../nbs/study/22_lm_contrasts.ipynb #print-lm-code
 def print_lm(

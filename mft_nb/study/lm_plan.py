@@ -72,7 +72,7 @@ def lm_studies(
     rates = [
         cell
         for method, rates in LM_GRID.items()
-        for cell in cells(_CONVERGED, (method,), variants=[f"rate_{rate:g}" for rate in rates])
+        for cell in cells(best, (method,), variants=[f"rate_{rate:g}" for rate in rates])
     ]
     return {
         "table": [*cells(_CONVERGED, _MASKS)],
@@ -81,7 +81,7 @@ def lm_studies(
         "thirds": [*cells(best, ours, variants=("layers_0_9", "layers_20_29"))],
         "fractions": [*cells(best, (*ours, "random", "magnitude"), few)],
         "rows": [*cells(best, (*ours, "continued"), variants=("rows_500", "rows_1000"))],
-        "rates": [*cells(_CONVERGED, ("none",)), *rates],
+        "rates": [*cells(best, ("none",)), *rates],
     }
 
 # %% ../../nbs/study/11_lm_plan.ipynb #publ-lm-code
