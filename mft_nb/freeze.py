@@ -9,6 +9,7 @@ __all__ = ['dropout_rates', 'Frozen']
 import copy
 import inspect
 import re
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from typing import Self
@@ -116,6 +117,7 @@ def _silence(self: Frozen):
             self._replace(module, "config", silent[id(own)])
         for name in rates.keys() & vars(module).keys():
             self._replace(module, name, 0.0)
+    _warn_of_makers(self.model)
 
 
 @patch
@@ -132,3 +134,32 @@ def _without_dropout(config):
         if "drop" in name and isinstance(rate, float):
             setattr(silent, name, 0.0)
     return silent
+
+# %% ../nbs/02_freeze.ipynb #makers-code
+def _warn_of_makers(model):
+    "Name the classes that make modules with dropout while they work."
+    for kind in {type(module): module for module in model.modules() if _drops_later(module)}:
+        warnings.warn(
+            f"Dropout is not switched off in the modules that {kind.__name__} makes anew while it "
+            "works. Load the model with rates of 0, as by from_pretrained(..., "
+            "attention_probs_dropout_prob=0.0).",
+            stacklevel=2,
+        )
+
+
+def _drops_later(module):
+    "Whether a module makes others from a config with rates above 0, in another method than init."
+    settings = getattr(getattr(module, "config", None), "__dict__", {})
+    rates = [rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float)]
+    return any(rates) and _makes(type(module))
+
+
+@cache
+def _makes(kind):
+    "Whether a method of a class, other than `__init__`, makes modules from `self.config`."
+    methods = [one for name, one in vars(kind).items() if name != "__init__"]
+    try:
+        sources = [inspect.getsource(one) for one in methods if inspect.isfunction(one)]
+    except (OSError, TypeError):  # no source is at hand
+        return False
+    return any(re.search(r"= [A-Z]\w+\(self\.config[,)]", source) for source in sources)

@@ -209,7 +209,8 @@ def _shared_entries(hashes, tensors, told):
             f"base_sha256 is {hashes['base_sha256']!r}; allowed is what `weights_sha256` gives, 64 "
             "hexadecimal digits."
         )
-    versions = {"mft_nb": __version__, "torch": str(torch.__version__)}
+    release = torch.__version__.partition("+")[0]  # for any device: a file's size must not tell
+    versions = {"mft_nb": __version__, "torch": release}
     return {**hashes, "tensors": tensors, **told, "versions": versions}
 
 

@@ -529,6 +529,9 @@ def mask_to_adapter(
     task_type: str | None = None,  # as in a config of PEFT, such as "CAUSAL_LM"
 ) -> Path:  # the folder, for `PeftModel.from_pretrained`
     "Write a mask file as an adapter; ValueError where it belongs to another base."
+    check_model(model)
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("model is wrapped by PEFT; allowed is the plain base: model.unload().")
     path = find_mask(mask)
     saved = load_mask(path, dict(model.named_parameters()))
     digest = saved.config.pop("modules_sha256", None)

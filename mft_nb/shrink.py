@@ -80,6 +80,7 @@ class _Weights:
             self.state[f"{name}.bias"] = self.state[f"{name}.bias"][rows]
 
 
+_WHOLE = "The model with its zeros works as before: use that, at its full size."  # a next step
 _ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "activation", "act")
 
 
@@ -91,7 +92,7 @@ def _activation(modules, name) -> Callable[[Tensor], Tensor]:
             return function
     raise ValueError(
         f"The activation function after {name} was not found; it is looked for under the names "
-        f"{', '.join(_ACTIVATIONS)}."
+        f"{', '.join(_ACTIVATIONS)}. {_WHOLE}"
     )
 
 # %% ../nbs/18_shrink.ipynb #shrink-constant
@@ -126,7 +127,7 @@ def _size_field(config, names, value):
             return name
     raise ValueError(
         f"The config {type(config).__name__} has none of the fields {', '.join(names)} with the "
-        f"value {value}, so it cannot say another size."
+        f"value {value}, so it cannot say another size. {_WHOLE}"
     )
 
 # %% ../nbs/18_shrink.ipynb #shrink-neurons
@@ -261,7 +262,7 @@ def shrink(
     if made is None:
         raise ValueError(
             f"A new {type(model).__name__} does not have the shapes of the smaller weights, so its "
-            "class cannot be made with fewer neurons."
+            f"class cannot be made with fewer neurons. {_WHOLE}"
         )
     return made
 
@@ -271,7 +272,7 @@ def _check_model(model):
     if not hasattr(model, "config") or not hasattr(type(model), "from_pretrained"):
         raise ValueError(
             f"The model is a {type(model).__name__}; only models of transformers "
-            "can be shrunk, whose class can be made again from a config."
+            f"can be shrunk, whose class can be made again from a config. {_WHOLE}"
         )
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
@@ -303,14 +304,19 @@ def _nothing_goes(weights):
     layers = list(blocks(weights.modules, FEED_FORWARDS))
     if not layers:
         known = ", ".join(f"{inputs[-1]} and {output}" for *inputs, output in FEED_FORWARDS)
-        return f"No feed-forward layers are known in the model. Known are the names {known}."
+        return (
+            f"No feed-forward layers are known in the model. Known are the names {known}. {_WHOLE}"
+        )
     for ups, down in layers:
         if not _constants(weights, ups, down)[0].any():
             return (
                 f"Nothing can be taken out: {down} needs all of its inputs, and all layers have "
                 'one size. Prune neurons in every layer: MaskConfig(scope="ffn", layers="all").'
             )
-    return "Nothing can be taken out: the layers have different sizes, which a config cannot say."
+    return (
+        "Nothing can be taken out: the layers have different sizes, which a config cannot say. "
+        f"{_WHOLE}"
+    )
 
 # %% ../nbs/18_shrink.ipynb #shrink-two-of
 def _two_of_four(

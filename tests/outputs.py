@@ -76,14 +76,10 @@ def run(path):
 
 
 def texts(output, digits=True):
-    """What an output shows as text, without memory addresses, or also without numbers.
-
-    Bytes are left out, too: a mask file names the version of torch, which may be longer elsewhere.
-    """
+    """What an output shows as text, without memory addresses, or also without numbers."""
     data = output.get("data", {"text/plain": output.get("text", "")})
     shown = {kind: text for kind, text in data.items() if kind.startswith("text")}
-    numbers = r"[0-9][0-9,]*(?= bytes)" if digits else r"[0-9][0-9.,]*"
-    pattern = rf" at 0x[0-9a-f]+|{numbers}"
+    pattern = r" at 0x[0-9a-f]+" if digits else r" at 0x[0-9a-f]+|[0-9][0-9.,]*"
     return {kind: re.sub(pattern, "", str(text)).strip() for kind, text in shown.items()}
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import (
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
     FalconConfig,
     FalconForSequenceClassification,
     GPT2LMHeadModel,
@@ -172,6 +174,20 @@ def test_dropout_that_is_read_from_the_config_is_silenced_and_comes_back():
     assert model.config.hidden_dropout == 0.5  # what is saved
     mft.unload()
     assert not torch.equal(model(inputs).logits, model(inputs).logits)
+
+
+def test_modules_that_are_made_later_with_dropout_are_named():
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = BigBirdConfig(**sizes, intermediate_size=32)
+    with pytest.warns(UserWarning, match="not switched off.*BigBirdAttention makes anew.*rates of"):
+        MFT(BigBirdForSequenceClassification(config))
+    config.attention_probs_dropout_prob = config.hidden_dropout_prob = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = BigBirdForSequenceClassification(config).train()
+        MFT(model)
+    inputs = batch()["input_ids"] % 99
+    assert torch.equal(model(inputs).logits, model(inputs).logits)
 
 
 def test_a_model_that_grew_is_given_back():

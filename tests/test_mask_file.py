@@ -257,6 +257,14 @@ def test_a_file_is_at_most_packed_bits_and_one_percent(density, tmp_path):
     assert load_mask(path).mask == BitMask(matrices)
 
 
+def test_a_file_is_the_same_whatever_device_torch_was_built_for(tmp_path, monkeypatch):
+    for local in ("", "+cpu", "+cu130.with-a-long-name"):
+        monkeypatch.setattr("torch.__version__", f"2.9.0{local}")
+        mask = BitMask({"weight": drawn((8, 8), 0.9)})
+        save_mask(mask, tmp_path / f"mask{local}.safetensors", BASE, MaskConfig().to_dict())
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_four_layers_of_bert_base_come_within_3_percent_of_the_entropy(tmp_path):
     layer = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
     shapes = {

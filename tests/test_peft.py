@@ -268,6 +268,25 @@ def test_merged_for_a_while_and_back():
     assert same_state(model.unload(), tiny_llama().state_dict())
 
 
+@pytest.mark.parametrize("convert", [mask_to_adapter, adapter_to_mask])
+def test_files_are_converted_for_plain_models_alone(convert, tmp_path):
+    MFT(tiny_llama()).save_pretrained(tmp_path / "mask")
+    get_peft_model(tiny_llama(), MftConfig()).save_pretrained(tmp_path / "adapter")
+    given = tmp_path / ("mask" if convert is mask_to_adapter else "adapter")
+    lora = LoraConfig(target_modules=["q_proj"])
+    for config, next_step in ((MftConfig(), r"unload\(\)"), (lora, "unload")):
+        wrapped = get_peft_model(tiny_llama(), config)
+        with pytest.raises(ValueError, match=next_step):
+            convert(given, tmp_path / "made", wrapped)
+    masked = tiny_llama()
+    MFT(masked)
+    with pytest.raises(ValueError, match=r"carries a mask.*unload\(\)"):
+        convert(given, tmp_path / "made", masked)
+    with pytest.raises(TypeError, match="model is a str; allowed is a torch.nn.Module"):
+        convert(given, tmp_path / "made", "my-model")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("form", ["scores", "bits"])
 def test_models_of_transformers_load_adapters_themselves(form, tmp_path):
     config = MftConfig(layers="all", keep=0.6, schedule=[(0, 0.9), (2, 0.6)])

@@ -158,14 +158,14 @@ def test_heads_that_must_stay_are_refused_or_named(family):
 
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_layers_of_a_kind_that_is_not_known_are_refused(family):
-    with pytest.raises(ValueError, match="No feed-forward layers are known"):
+    with pytest.raises(ValueError, match="layers are known.* use that, at its full"):
         shrink(made(family))
 
 
 def test_two_sizes_in_one_config_are_refused():
     model = made("bart")
     prune_rows(model, ("fc1",))
-    with pytest.raises(ValueError, match="BartConfig has none of the fields"):
+    with pytest.raises(ValueError, match="BartConfig has none of.* use that, at its full"):
         shrink(model)
 
 
