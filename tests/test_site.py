@@ -314,7 +314,7 @@ def test_the_menu_of_a_phone_scrolls_to_its_end(visit, site):
     box = last.bounding_box()
     assert 0 < box["y"] < PHONE["height"]
     last.click()
-    page.wait_for_url("**/study/34_gpu.html")
+    page.wait_for_url("**/study/35_gpu.html")
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
