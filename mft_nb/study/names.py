@@ -40,6 +40,7 @@ INSPECTION_NAMES = {
     "anatomy": "where the zeros lie",
     "pull": "what pulls at the scores",
     "rounds": "pruned along the gradient in small parts",
+    "draws": "a hundred random masks",
 }
 
 # %% ../../nbs/study/00_names.ipynb #unit-names

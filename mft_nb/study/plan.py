@@ -217,7 +217,10 @@ STUDIES |= {
         *_cells(("90",), ("mft_seed",), (0.1,)),
         *_cells(("90",), ("continued",), variants=("rows_24000",)),
     ],
-    "inspections": [*_cells(("90",), INSPECTION_NAMES)],
+    "inspections": [
+        *_cells(("90",), [name for name in INSPECTION_NAMES if name != "draws"]),
+        *_cells(CHECKPOINTS, ("draws",)),
+    ],
     "units": [
         *_cells(("90",), UNIT_NAMES, (0.9, 0.75, 0.5, 0.25), ("neurons",)),
         *_cells(("90",), UNIT_NAMES, (0.5,), ("neurons_continued",)),
@@ -310,7 +313,7 @@ def needed_masks(
     run: Run,  # an inspection, or any other run
 ) -> list[Run]:  # empty for a run that is no inspection
     "The runs whose trained masks an inspection reads."
-    if run.method not in INSPECTION_NAMES or run.method in ("pull", "rounds"):
+    if run.method not in INSPECTION_NAMES or run.method in ("pull", "rounds", "draws"):
         return []
     mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in RECIPE_OF]
     if run.method == "anatomy":
@@ -446,7 +449,7 @@ _ROWS = ("rows_24000",)
 _SMALL = ("", *(name for name in CHOICES if name not in _ROWS))
 _TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
 _RATED = tuple(CONTROL_RATES)
-_EARLY = tuple(name for name in INSPECTION_NAMES if name != "rounds")
+_EARLY = tuple(name for name in INSPECTION_NAMES if name not in ("rounds", "draws"))
 PUBLISHED["sst2"] += (
     Part("waterfall", _FIRST, covers="all factors, first machine"),
     Part("curves", (0, 1, 2, *_LATER), ("random", "magnitude"), covers="two masks, both machines"),
@@ -458,8 +461,9 @@ PUBLISHED["sst2"] += (
     Part("ablations", (2,), ("continued",), covers="fine-tuning, 24,000 rows, first machine"),
     Part("report", _FIRST, checkpoints=("baseline",), covers="untrained head, second machine"),
     Part("report", _LATER, covers="all checkpoints, second machine"),
-    Part("inspections", (0, 1, 2), _EARLY, covers="all but rounds, first machine"),
+    Part("inspections", (0, 1, 2), _EARLY, covers="all that need masks, first machine"),
     Part("inspections", _LATER, ("rounds",), covers="rounds, second machine"),
+    Part("inspections", (7, 8, 9), ("draws",), covers="random masks, not complete yet"),
     Part("rates", (5,), checkpoints=("90",), covers="converged, second machine"),
     Part("controls", (5,), _RATED, ("90",), covers="four trainings, converged, second machine"),
 )
