@@ -2,10 +2,12 @@
 
 import inspect
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fastcore.script import anno_parser
 
 BIN = Path(sys.executable).parent
@@ -18,6 +20,18 @@ def call_here(command, capsys, **options):
     except SystemExit as end:
         return end.code, capsys.readouterr().err
     return 0, capsys.readouterr().err
+
+
+def call_typed(command, capsys, *arguments):
+    """Run the script of a command in this process; its exit status, stdout and stderr."""
+    script, status = str(BIN / command), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return status, *capsys.readouterr()
 
 
 def call(command, *arguments, cwd=None, **environment):

@@ -10,7 +10,7 @@ from mft_nb.config import MaskConfig
 from mft_nb.mask import MFT
 from mft_nb.model import load_classifier
 from mft_nb.study.datasets import load_snippets
-from tests.commands import call, call_here, check_refusal
+from tests.commands import call_here, call_typed, check_refusal
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
@@ -51,15 +51,16 @@ def logits(model):
         return model.eval()(torch.arange(1000, 1012).reshape(2, 6)).logits
 
 
-def test_fit_shrink_and_load_without_the_library(files, tmp_path):
+def test_fit_shrink_and_load_without_the_library(files, tmp_path, capsys):
     chosen = ["--scope", "ffn", "--layers", "all", "--keep", "0.25", "--epochs", "1", "--quiet"]
     places = [files / "model", files / "rows.csv", tmp_path / "mask"]
-    status, said, errors = call("mft_fit", *places, *chosen)
+    status, said, errors = call_typed("mft_fit", capsys, *places, *chosen)
     assert status == 0, errors
     assert "trainable scores: 192," in said  # 64 neurons in each of 3 layers
     small = tmp_path / "small"
     chosen = ["--out", small, "--data", files / "rows.csv", "--shrink"]
-    status, said, errors = call("mft_apply", files / "model", tmp_path / "mask", *chosen)
+    given = [files / "model", tmp_path / "mask", *chosen]
+    status, said, errors = call_typed("mft_apply", capsys, *given)
     assert status == 0, errors
     loaded = AutoModelForSequenceClassification.from_pretrained(small)
     base, tokenizer = load_classifier(files / "model")

@@ -1,7 +1,5 @@
 """A mask training that was stopped ends with the very mask of one that was not."""
 
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from mft_nb.mask import MFT
 from mft_nb.model import load_classifier
 from mft_nb.study.datasets import load_snippets
 from mft_nb.train import TrainConfig, fit
+from tests.forks import FORKS
 
 CONFIG = MaskConfig(init="normal", dropout=True, l1=1e-4)
 TRAINING = TrainConfig(learning_rate=5e-3, batch_size=8, max_steps=12, max_grad_norm=0.0)
@@ -131,33 +130,33 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 
 class Hang(TrainerCallback):
-    """Stops in the middle of writing a checkpoint."""
+    """Stops in the middle of writing a checkpoint, and says so."""
+
+    def __init__(self, writing):
+        self.writing = writing
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 8:
             (Path(args.output_dir) / "checkpoint-9").mkdir()
-            print("writing", flush=True)
+            self.writing.set()
             time.sleep(600)
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_killed(tmp_path):
     folder = tmp_path / "unfinished"
-    code = f"from tests.test_resume import *; steps({str(folder)!r}, callbacks=(Hang(),))"
-    here = Path(__file__).resolve().parent.parent
-    first = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True
-    )
+    writing = FORKS.Event()
+    first = FORKS.Process(target=steps, args=(folder,), kwargs={"callbacks": (Hang(writing),)})
+    first.start()
     try:
         whole, _ = steps()
-        assert first.stdout.readline() == "writing\n"
+        assert writing.wait(timeout=240)
         with pytest.raises(RuntimeError, match="another process is training.* Wait until it ends"):
             steps(folder)
         assert (folder / "checkpoint-9").exists()
-        assert first.poll() is None
+        assert first.is_alive()
     finally:
         first.kill()
-        first.wait()
-        first.stdout.close()
+        first.join()
     resumed, _ = steps(folder)
     assert same_scores(resumed, whole)
     assert list(tmp_path.iterdir()) == []
