@@ -3,6 +3,7 @@
 import posixpath
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -31,10 +32,10 @@ class Page:
         """The way from the page to the top folder: nothing, or `../`."""
         return "../" * (len(self.path.parts) - 1)
 
-    @property
+    @cached_property
     def main(self):
         """The element with the page's own text."""
-        return self.soup.select_one("main")
+        return self.soup.find("main")
 
     def make(self, markup):
         """An element from HTML."""

@@ -13,6 +13,8 @@ PAPER = 250  # grey values from which a pixel is margin
 BLUR = 4  # pixels; what is left is where things are, not how letters were drawn
 SAME = 4.5  # mean difference of grey values, of 255, up to which two pictures are the same
 CLEAR = 1.5  # how many times farther away the next figure must be
+THUMB = (24, 16)  # pixels of a thumbnail; two are about as near as their pictures, or nearer
+FAR = 2 * SAME  # difference of thumbnails from which their pictures need no closer look
 NATURAL = 100  # dots per inch at which a picture is shown pixel by pixel
 
 
@@ -24,14 +26,23 @@ def ink(image):
     return paper.convert("RGB").crop(box) if box else paper.convert("RGB")
 
 
+def thumbnail(image):
+    """A picture in few pixels, each the mean of what it stands for."""
+    return image.convert("RGB").resize(THUMB, Image.Resampling.BOX)
+
+
+def mean_difference(one, other):
+    """Of two pictures of one size, in grey values."""
+    return sum(ImageStat.Stat(ImageChops.difference(one, other)).mean) / 3
+
+
 def distance(blurred, other):
     """How far a picture is from a blurred one, in grey values; None where their shapes differ."""
     height = other.height * blurred.width / other.width
     if abs(height - blurred.height) > 0.02 * blurred.height:
         return None
     resized = other.resize(blurred.size, Image.Resampling.LANCZOS)
-    difference = ImageChops.difference(blurred, resized.filter(ImageFilter.GaussianBlur(BLUR)))
-    return sum(ImageStat.Stat(difference).mean) / 3
+    return mean_difference(blurred, resized.filter(ImageFilter.GaussianBlur(BLUR)))
 
 
 def headline(svg):
@@ -63,6 +74,7 @@ class Pictures:
             for path in drawn
             if path.with_suffix(".svg").exists()
         }
+        self.thumbnails = {path: thumbnail(drawn) for path, drawn in self.drawn.items()}
         self.placed = {}  # what became of a picture: file, width, height, title
 
     def drawing_of(self, image):
@@ -70,8 +82,10 @@ class Pictures:
         width, height = self.size(image)
         shown = ink(image.resize((width, height), Image.Resampling.LANCZOS))
         shown = shown.filter(ImageFilter.GaussianBlur(BLUR))
-        near = []
+        near, small = [], thumbnail(shown)
         for path, drawn in self.drawn.items():
+            if mean_difference(small, self.thumbnails[path]) > FAR:
+                continue
             away = distance(shown, drawn)
             if away is not None:
                 near.append((away, path))
