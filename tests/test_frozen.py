@@ -36,10 +36,10 @@ def trained(request, base, rows):
     before = copied_state(model)
     if request.param == "global":
         mask_config = MaskConfig(scope="global", init="normal", keep=0.8)
-        config = TrainConfig(learning_rate=1e-2, max_steps=6, batch_size=8)
+        config = TrainConfig(learning_rate=1e-2, max_steps=6, batch_size=4)
     else:
         mask_config = MaskConfig.recipe(request.param)
-        config = replace(TrainConfig.recipe(request.param), max_steps=6, batch_size=8)
+        config = replace(TrainConfig.recipe(request.param), max_steps=6, batch_size=4)
     mft = MFT(model, mask_config)
     first = mft.bitmask()
     fit(mft, tokenizer, rows, config, progress=False)
@@ -79,7 +79,7 @@ def test_exactly_k_weights_are_pruned(trained):
 
 def test_evaluated_merged_and_reloaded_are_the_same_model(trained, base, rows, tmp_path):
     mft, tokenizer, before = trained
-    some = rows.select(range(16))
+    some = rows.select(range(6))
     evaluated, logits = effective(mft.model), predict(mft.model, tokenizer, some)
     mft.save_pretrained(tmp_path)
 
@@ -110,7 +110,7 @@ def test_trained_mft_merges_in_place(base, rows):
     model, tokenizer = copy.deepcopy(base[0]), base[1]
     names = list(maskable_weights(model))
     mft = MFT(model, MaskConfig.recommended())
-    config = replace(TrainConfig.recipe("recommended"), max_steps=3, batch_size=8)
+    config = replace(TrainConfig.recipe("recommended"), max_steps=3, batch_size=4)
     fit(mft, tokenizer, rows, config, progress=False)
     evaluated, mask = effective(mft.model), mft.bitmask()
     merged = mft.merge_and_unload()
