@@ -9,8 +9,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 from mft_nb.bitmask import top_k_mask
@@ -111,11 +109,13 @@ def copied_state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def trainer_for(model, folder, kind=Trainer, rows=None, callbacks=(), **options):
+def trainer_for(model, folder, kind=None, rows=None, callbacks=(), **options):
     """A Trainer of transformers with nothing but a model."""
+    from transformers import Trainer, TrainingArguments  # takes long; two_processes needs none
+
     settings = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 0.02}
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
-    return kind(
+    return (kind or Trainer)(
         model=model, args=arguments, train_dataset=rows or Rows(), callbacks=list(callbacks)
     )
