@@ -5,17 +5,20 @@ import gc
 LONGEST = (
     "test_house_outputs",
     "test_house_outputs_more",
+    "test_site",
     "test_study_experiment",
     "test_engine",
-    "test_study_figures",
-    "test_site",
     "test_site_explorer",
-    "test_study_records",
-    "test_frozen",
+    "test_study_figures",
     "test_resume",
+    "test_strangers",
+    "test_frozen",
+    "test_tasks",
+    "test_peft",
+    "test_study_lm",
+    "test_cli",
     "test_fsdp",
     "test_study_sst2",
-    "test_cli",
 )
 
 
