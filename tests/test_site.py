@@ -57,6 +57,8 @@ def site(tmp_path_factory):
     process = FORKS.Process(target=build, args=(folder / "_docs", folder / "seconds"))
     process.start()
     process.join(timeout=280)
+    process.kill()  # if it hangs
+    process.join()
     assert process.exitcode == 0  # stderr says why
     # seconds of the processor, which other work on the machine does not change
     assert float((folder / "seconds").read_text()) < 100

@@ -57,6 +57,12 @@ def explorer():
 
 
 @pytest.fixture(scope="module")
+def runs(explorer):
+    """The runs that it shows: records and rows."""
+    return explorer.read_runs(RESULTS)
+
+
+@pytest.fixture(scope="module")
 def folder(explorer, tmp_path_factory):
     """The built page."""
     try:
@@ -134,8 +140,7 @@ def accuracy_at(rows, threshold):
     return round(100 * float(((rows.positive > threshold) == rows.label).mean()), 1)
 
 
-def test_at_one_half_the_levels_are_the_recorded_predictions(explorer):
-    runs = explorer.read_runs(RESULTS)
+def test_at_one_half_the_levels_are_the_recorded_predictions(explorer, runs):
     keys = {tuple(explorer.run_entry(record)[:5]) for record, _ in runs}
     assert len(keys) == len(runs), "two runs would have the same choices"
     for _, rows in runs:
@@ -150,8 +155,8 @@ def test_at_each_step_a_level_says_what_the_probability_does(explorer, predictio
     assert (said == (rows.positive > step / explorer.STEPS)).all()
 
 
-def test_every_treated_run_has_its_untreated_one(explorer):
-    asked = [record["asked"] for record, _ in explorer.read_runs(RESULTS)]
+def test_every_treated_run_has_its_untreated_one(runs):
+    asked = [record["asked"] for record, _ in runs]
     places = {True: set(), False: set()}
     for one in asked:
         places[one["method"] == "none"].add((one["profile"], one["checkpoint"], one["seed"]))
@@ -338,18 +343,18 @@ def test_another_dev_file_is_refused_in_one_sentence(visit, dev_file):
         assert "its text is not published" in page.inner_text("#sentence")
 
 
-def test_one_sentence_is_shown_in_all_runs(visit, explorer, predictions):
+def test_one_sentence_is_shown_in_all_runs(visit, runs):
     page = visit(TREATED | {"row": 7})
-    runs = [rows for record, rows in explorer.read_runs(RESULTS) if len(rows) == 1000]
-    assert page.locator("#strip [aria-label=dot] > *").count() == len(runs)
-    right = sum(rows.prediction[6] == rows.label[6] for rows in runs)
+    shown = [rows for _, rows in runs if len(rows) == 1000]
+    assert page.locator("#strip [aria-label=dot] > *").count() == len(shown)
+    right = sum(rows.prediction[6] == rows.label[6] for rows in shown)
     page.click("#strip-title ~ details summary")
     counted = page.locator("#strip-table td:nth-child(5)").all_inner_texts()
     assert sum(map(int, counted)) == right
     page = visit({"profile": "base"})
     page.select_option("#strip-runs", "all")
     settled(page)
-    both = [rows for _, rows in explorer.read_runs(RESULTS) if len(rows) == 872]
+    both = [rows for _, rows in runs if len(rows) == 872]
     assert page.locator("#strip [aria-label=dot] > *").count() == len(both)
 
 

@@ -574,5 +574,7 @@ def test_a_thread_that_looks_all_the_time_does_not_crash_the_training(tmp_path):
     process = FORKS.Process(target=train_while_another_thread_looks, args=(answer,))
     process.start()
     process.join(timeout=240)
+    process.kill()  # if it hangs
+    process.join()
     assert process.exitcode == 0
     assert float(answer.read_text()) == 0.8125  # 1,500 of 4,000 steps on the way from 1 to 0.5
