@@ -141,8 +141,8 @@ def _warn_of_makers(model):
     for kind in {type(module): module for module in model.modules() if _drops_later(module)}:
         warnings.warn(
             f"Dropout is not switched off in the modules that {kind.__name__} makes anew while it "
-            "works. Load the model with rates of 0, as by from_pretrained(..., "
-            "attention_probs_dropout_prob=0.0).",
+            "works. Load the model with all dropout rates at 0, such as from_pretrained(..., "
+            "attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0).",
             stacklevel=2,
         )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'VERDICT_FILLS', 'VERDICT_STYLES', 'MASKS', 'RIVALS', 'LEDGER', 'verdict_counts', 'verdicts_figure',
-           'ledger_figure', 'changes_figure']
+           'ledger_figure', 'changes_figure', 'random_draws', 'reported_change', 'usual_changes', 'draws_figure']
 
 # %% ../../../nbs/study/27_claim_figures.ipynb #need-claims
 from ...files import need_extra
@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..claims import BERT_MFT, PAPER, PROGRAM, judged
-from ..effects import OURS, effects, main_runs, verdict
+from ..effects import OURS, effects, main_runs, read_inspections, verdict
 from mft_nb.study.figures.style import (
     CHECKPOINT_MARKERS,
     COLORS,
@@ -223,6 +224,78 @@ def changes_figure(
     headline(figure, _changes_title(words, methods), note)
     return figure
 
+# %% ../../../nbs/study/27_claim_figures.ipynb #draws-frame
+def random_draws(
+    folder: str | Path,  # of one profile's records
+) -> pd.DataFrame:  # a row a random mask: checkpoint, seed, change (a fraction)
+    "The change of test accuracy by each of many random masks; MissingRecords without any."
+    rows = []
+    for record in read_inspections(folder, "draws"):
+        asked, happened = record["asked"], record["happened"]
+        at = {"checkpoint": asked["checkpoint"], "seed": asked["seed"]}
+        whole = happened["whole"]["accuracy"]
+        rows += [at | {"change": one["accuracy"] - whole} for one in happened["draws"]]
+    return pd.DataFrame(rows)
+
+
+def reported_change(
+    checkpoint: str,  # "baseline", "75" or "90"
+) -> float:  # a fraction
+    "What BERT-MFT's table says of a checkpoint, after minus before."
+    before, after = REPORTED[checkpoint]
+    return (after - before) / 100
+
+
+def usual_changes(
+    draws: pd.DataFrame,  # from `random_draws`
+) -> dict[str, bool]:  # by checkpoint, as declared in `inspections`
+    "Whether a reported change is among the middle 95 of a hundred, on one seed at least."
+    found = dict.fromkeys(dict.fromkeys(draws.checkpoint), False)
+    for (checkpoint, _), one in draws.groupby(["checkpoint", "seed"]):
+        low, high = np.quantile(one.change, [0.025, 0.975])
+        found[checkpoint] |= bool(low <= reported_change(checkpoint) <= high)
+    return found
+
+# %% ../../../nbs/study/27_claim_figures.ipynb #draws-figure
+def _draw_strips(axes, draws, checkpoints):
+    "A strip of dots a seed, with its middle 95, and the reported change."
+    seeds = sorted(draws.seed.unique())
+    jitter = np.random.default_rng(0)
+    for (checkpoint, seed), one in draws.groupby(["checkpoint", "seed"]):
+        row = checkpoints.index(checkpoint)
+        height = row + 0.26 * (seeds.index(seed) - (len(seeds) - 1) / 2)
+        spread = jitter.uniform(-0.07, 0.07, len(one))
+        style = {"color": COLORS["random"], "ls": "", "marker": "o", "ms": 2.5, "mew": 0}
+        axes.plot(100 * one.change, height + spread, alpha=0.6, **style)
+        middle = 100 * np.quantile(one.change, [0.025, 0.975])
+        axes.plot(middle, [height] * 2, color="black", lw=1)
+    for row, checkpoint in enumerate(checkpoints):
+        style = {"color": COLORS["mft_seed"], "ls": "", "marker": "D", "mfc": "none", "mew": 2}
+        axes.plot(100 * reported_change(checkpoint), row, label="BERT-MFT's table", **style)
+
+
+@rc_context(STYLE)
+def draws_figure(
+    folder: str | Path,  # of one profile's records
+) -> Figure:  # MissingRecords without draws
+    "What random masks change, mask by mask, and what BERT-MFT reported."
+    draws = random_draws(folder)
+    checkpoints = [one for one in CHECKPOINT_NAMES if (draws.checkpoint == one).any()]
+    figure = Figure(figsize=(WIDTH, 0.8 * len(checkpoints) + 0.8), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="black", ls=":", lw=1)
+    _draw_strips(axes, draws, checkpoints)
+    axes.set_yticks(range(len(checkpoints)), [CHECKPOINT_NAMES[one] for one in checkpoints])
+    axes.set(xlabel="accuracy minus no mask (points)", ylim=(len(checkpoints) - 0.5, -0.5))
+    legend_below(figure)
+    usual = usual_changes(draws)
+    title = f"Of {len(usual)} reported changes, a random mask gives {sum(usual.values())}"
+    note = caption_start(folder, sorted(int(seed) for seed in draws.seed.unique()))
+    note += " A strip a seed: 100 random masks that prune a tenth of each matrix. Lines: the "
+    note += "middle 95. Counted is a change that lies in there on one seed at least."
+    headline(figure, title, note)
+    return figure
+
 # %% ../../../nbs/study/27_claim_figures.ipynb #ledger-all
 def _alone(folder):
     "The counts of one profile; MissingRecords where it tests no claim."
@@ -236,4 +309,5 @@ LEDGER: dict[str, Callable[[Path], Figure]] = {
     "verdicts": _alone,
     "ledger": ledger_figure,
     "changes": changes_figure,
+    "draws": draws_figure,
 }

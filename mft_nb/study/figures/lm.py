@@ -32,6 +32,7 @@ from mft_nb.study.figures.style import (
     treatment_name,
 )
 from ..lm_contrasts import lm_contrasts
+from ..lm_plan import LEAST_SEEDS
 from ..names import LM_CHECKPOINT_NAMES
 from ..records import MissingRecords
 from ..tables import results_frame
@@ -65,7 +66,7 @@ def lm_changes(
 
 # %% ../../../nbs/study/29_lm_figure.ipynb #lmf-draw
 _SHAPES = {"best": "o", "overfitted": "^"}  # the checkpoints that the picture shows
-_PANELS = {"exact": "exact match,\npoints", "text": "log loss of other\ntext, nats a token"}
+_PANELS = {"exact": "exact match,\npoints", "text": "log loss of general\ntext, nats a token"}
 
 
 def _draw_change(axes, values, height, color, shape):
@@ -99,10 +100,12 @@ def _lm_title(frame):
         "higher": "more answers right than no mask",
         "lower": "fewer answers right than no mask",
         "equal within a point": "as many answers right as no mask, within a point",
-        "inconclusive": "a gain or a loss in answers is inconclusive",
+        "higher, by less than a point": "more answers right than no mask, by less than a point",
+        "lower, by less than a point": "fewer answers right than no mask, by less than a point",
+        "inconclusive": "too uncertain to say whether it helps",
     }
-    word = first.verdict.partition(",")[0]
-    return f"Our recipe: {says.get(word, f'{first.seeds} of 5 seeds, no verdict yet')}"
+    told = says.get(first.verdict, f"{first.seeds} of {LEAST_SEEDS} seeds, no verdict yet")
+    return f"Our recipe: {told}"
 
 # %% ../../../nbs/study/29_lm_figure.ipynb #lmf-picture
 def _picture(frame, folder):
