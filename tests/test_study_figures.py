@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from mft_nb.study.effects import OURS
 from mft_nb.study.figures.curve import CURVES, UNIT_COLORS
 from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
+from mft_nb.study.figures.lm import LM_FIGURES
 from mft_nb.study.figures.style import COLORS, GREY
 from mft_nb.study.figures.table import FRONT, _anatomy_title, _changed_title, _front_title
 from mft_nb.study.names import CHECKPOINT_NAMES
@@ -37,8 +38,11 @@ def drawn(tmp_path_factory):
 
         return one
 
-    kept = {name: keeping(name, draw) for name, draw in ALL_FIGURES.items()}
-    draw_all(ROOT / "results", folder, kept)
+    kept, of_lm = (
+        {name: keeping(name, draw) for name, draw in figures.items()}
+        for figures in (ALL_FIGURES, LM_FIGURES)
+    )
+    draw_all(ROOT / "results", folder, kept, of_lm)
     return found, folder
 
 

@@ -36,7 +36,8 @@ ALL_FIGURES: dict[str, Callable[[Path], Figure]] = (
 def draw_all(
     results: str | Path,  # holds a folder of records a profile
     figures: str | Path,  # gets PROFILE_FIGURE.png and .svg
-    draw: Mapping[str, Callable[[Path], Figure]] | None = None,  # by name; default: all there are
+    draw: Mapping[str, Callable[[Path], Figure]] = ALL_FIGURES,  # by name
+    draw_lm: Mapping[str, Callable[[Path], Figure]] = LM_FIGURES,  # those of a language model
     quiet: bool = False,  # whether to say nothing of figures whose records are missing
 ) -> list[Path]:  # what was written; FileNotFoundError if there are no records at all
     "Draw every figure whose records are there."
@@ -45,8 +46,8 @@ def draw_all(
         raise FileNotFoundError(f"No records in {results}. `make reproduce` makes them.")
     written = []
     for folder in profiles:
-        usual = LM_FIGURES if folder.name in LM_NAMES else ALL_FIGURES  # answers, or classes
-        for name, one in (draw or usual).items():
+        chosen = draw_lm if folder.name in LM_NAMES else draw  # answers, or classes
+        for name, one in chosen.items():
             try:
                 figure = one(folder)
             except MissingRecords as error:

@@ -134,7 +134,8 @@ def lm_figure(
     folder: Path,  # of the profile lm or lm_sums
 ) -> Figure:  # MissingRecords where there is no run of the table
     "Changes of exact match and of the loss on general text, by treatment and checkpoint."
-    return _picture(results_frame(folder, ("controls",)), folder)
+    studies = ("controls",) if any(Path(folder).glob("controls/*.json")) else ()
+    return _picture(results_frame(folder, studies), folder)
 
 
 LM_FIGURES: dict[str, Callable[[Path], Figure]] = {"treatments": lm_figure}
