@@ -79,7 +79,7 @@ def test_exactly_k_weights_are_pruned(trained):
 
 def test_evaluated_merged_and_reloaded_are_the_same_model(trained, base, rows, tmp_path):
     mft, tokenizer, before = trained
-    some = rows.select(range(6))
+    some = rows.select(range(16))
     evaluated, logits = effective(mft.model), predict(mft.model, tokenizer, some)
     mft.save_pretrained(tmp_path)
 
