@@ -7,10 +7,11 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import numpy as np
-from jupyter_client import AsyncKernelManager
+from jupyter_client import AsyncKernelClient, AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -37,9 +38,27 @@ def serve(connection_file, folder):
     IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, sharp, "--log-level=ERROR"])
 
 
+class Client(AsyncKernelClient):
+    """Asks a kernel."""
+
+    async def wait_for_ready(self, timeout=None):
+        """Wait for an answer, and for what is shown meanwhile to come here too.
+
+        The usual way then waits a fifth of a second in which nothing may come. Each request tells
+        its own messages from earlier ones, so that is not needed.
+        """
+        while True:
+            await self.kernel_info(reply=True, timeout=timeout)
+            try:
+                return await self.get_iopub_msg(timeout=0.2)
+            except Empty:
+                continue  # not connected yet
+
+
 class ForkedKernel(AsyncKernelManager):
     """Manages a kernel that is a fork of the process with the imports."""
 
+    client_factory = Client
     process = None
 
     async def start_kernel(self, cwd=None, **_):

@@ -1,13 +1,14 @@
-"""Mask training under Accelerate; started by two launchers from test_engine.
+"""Mask training under Accelerate in two processes, by two launchers; for test_engine.
 
-Argument: the folder for the masks.
+The launchers are called as functions, in a fork that has the imports: what `torchrun` and
+`accelerate launch` call with a script.
 """
 
-import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mft_nb.mask import MFT
 from tests.models import CONFIG, Rows, tiny_bert
@@ -27,11 +28,24 @@ def train_epochs(mft, size, accelerator=None):
             optimizer.zero_grad()
 
 
-if __name__ == "__main__":
+def work(folder):
+    """Be one of two processes, and leave its mask in the folder."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     mft = MFT(tiny_bert(), CONFIG)
     train_epochs(mft, 6, accelerator)
-    torch.save(dict(mft.bitmask()), Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
+    torch.save(dict(mft.bitmask()), Path(folder) / f"{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
+
+
+def by_torchrun(folder):
+    """Two processes of one `torchrun --standalone`."""
+    nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "run_id": "two"}
+    meet = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    elastic_launch(LaunchConfig(**nodes, **meet), work)(folder)
+
+
+def by_accelerate(folder):
+    """Two processes of Accelerate's launcher for tests."""
+    debug_launcher(work, (folder,), num_processes=2)

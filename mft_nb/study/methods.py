@@ -155,8 +155,16 @@ class Shared:
         "Read what a run has in common with others, or compute it."
         layers = VARIANTS.get(run.variant, {}).get("layers", "middle")
         lowest = lowest_layer(maskable_weights(model, layers))
-        options = {"folder": folder, "training": False, "progress": False}
-        return cls(folder, keep_activations(model, tokenizer, rows, lowest, **options))
+        asked = (folder, lowest, *(part._fingerprint for part in rows))
+        if asked not in _READ:
+            options = {"folder": folder, "training": False, "progress": False}
+            kept = keep_activations(model, tokenizer, rows, lowest, **options)
+            _READ.clear()
+            _READ[asked] = cls(folder, kept)
+        return _READ[asked]
+
+
+_READ = {}  # the last one that this process read; it refuses a model with other weights below
 
 # %% ../../nbs/study/13_methods.ipynb #shared-gradient
 @patch
