@@ -39,7 +39,7 @@ def killed(tmp_path_factory):
         time.sleep(0.05)
     process.kill()
     process.join()
-    time.sleep(3)  # the workers notice and end
+    time.sleep(1)  # the workers notice and end
     records = read_records(folder)  # each is whole
     assert 0 < len(records) < len(RUNS) + 1, "killed too late: this tests nothing"
     for record in records:
