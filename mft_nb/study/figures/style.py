@@ -121,7 +121,7 @@ def headline(
     figure.text(y=1 - (top + between) / height, **captioned, **place)
     for _ in range(2):  # the layout moves labels, and then minds what they need
         figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # else each drawing would move the panels a little further
+    figure.set_layout_engine(None)  # else each drawing would move the panels a little further
 
 # %% ../../../nbs/study/23_figure_style.ipynb #1fc33570-s
 def caption_start(
