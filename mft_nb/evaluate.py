@@ -285,7 +285,9 @@ def _by_batches(model, tokens, task, tokenizer, batch_size, activations, count):
 
 def _losses(logits, labels):
     "The sum of the losses of each row, and its tokens."
-    losses = nn.functional.cross_entropy(logits.float().mT, labels, reduction="none")
+    # one row a token: over a transposed table, torch sums a large vocabulary less precisely
+    flat = (logits.float().flatten(0, 1), labels.flatten())
+    losses = nn.functional.cross_entropy(*flat, reduction="none").view_as(labels)
     return torch.stack([losses.sum(dim=1), (labels != -100).sum(dim=1)], dim=1).tolist()
 
 # %% ../nbs/34_evaluate.ipynb #answers-code

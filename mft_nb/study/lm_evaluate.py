@@ -72,7 +72,8 @@ def _count_answers(model, batch):
     first = int((labels != -100).int().argmax(dim=1).min())  # where the first answer begins
     labels = labels[:, first:]
     logits = model(**batch, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+    flat = (logits.flatten(0, 1), labels.flatten())
+    losses = nn.functional.cross_entropy(*flat, reduction="none").view_as(labels)
     right = (logits.argmax(dim=-1) == labels) | (labels == -100)
     return torch.stack([right.all(dim=1), losses.sum(dim=1)], dim=1).double().cpu().numpy()
 
