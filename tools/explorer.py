@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "site" / "explorer"
 PAGE_FILES = ("index.html", "explorer.css", "explorer.js", "comparison.js", "inside.js")
 BUNDLES = {"@observablehq/plot": "dist/plot.umd.min.js", "d3": "dist/d3.min.js"}
-TABLE_PROFILES = [name for name, one in PROFILES.items() if "units" not in one.studies]
+TABLE_PROFILES = [
+    name for name, one in PROFILES.items() if "units" not in one.studies and one.task != "causal-lm"
+]
 DATA_NAMES = {"snippets": "packaged snippets", "sst2": "SST-2"}
 TREATMENTS = METHOD_NAMES | CONTROL_NAMES
 STEPS = 2000  # of the threshold, from 0 to 1

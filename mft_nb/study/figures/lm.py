@@ -69,19 +69,38 @@ _SHAPES = {"best": "o", "overfitted": "^"}  # the checkpoints that the picture s
 _PANELS = {"exact": "exact match,\npoints", "text": "log loss of general\ntext, nats a token"}
 
 
+def _limits(changes, measure):
+    "From where to where a panel reaches: all but random masks, which may do fifty times as much."
+    seen = [0.0, *changes[changes.method != "random"][measure]]
+    room = 0.2 * (max(seen) - min(seen)) or 1.0
+    return min(seen) - room, max(seen) + room
+
+
 def _draw_change(axes, values, height, color, shape):
-    "One treatment of one checkpoint: its seeds, their mean, the interval."
+    "One treatment of one checkpoint: its seeds, their mean, the interval; a number if beyond."
+    (low, high), mean = axes.get_xlim(), np.mean(values)
+    if not low <= mean <= high:
+        text = f"{mean:+.0f}".replace("-", "\N{MINUS SIGN}")
+        style = {"textcoords": "offset points", "va": "center", "fontsize": 9.5, "color": color}
+        if mean < low:
+            text = f"\N{BLACK LEFT-POINTING TRIANGLE} {text}"
+            axes.annotate(text, (low, height), (2, 0), ha="left", **style)
+        else:
+            text = f"{text} \N{BLACK RIGHT-POINTING TRIANGLE}"
+            axes.annotate(text, (high, height), (-2, 0), ha="right", **style)
+        return
     small = {"color": color, "marker": shape, "ms": 3.5, "ls": "", "alpha": 0.5, "mew": 0}
     axes.plot(values, np.full(len(values), height), **small)
     if len(values) > 1:
         spread = ttest_1samp(values, 0).confidence_interval(0.95)
         axes.plot([spread.low, spread.high], [height] * 2, color=color, lw=1.2)
-    axes.plot(np.mean(values), height, color=color, marker=shape)
+    axes.plot(mean, height, color=color, marker=shape)
 
 
 def _draw_panel(axes, changes, measure, label):
     "One measure of all treatments."
     axes.axvline(0, color=GREY, lw=1, ls=":")
+    axes.set_xlim(*_limits(changes, measure))
     for row, method in enumerate(LM_TREATMENTS):
         for number, (checkpoint, shape) in enumerate(_SHAPES.items()):
             mine = changes[(changes.method == method) & (changes.checkpoint == checkpoint)]
@@ -114,7 +133,7 @@ def _picture(frame, folder):
     changes = changes[changes.checkpoint.isin(_SHAPES)]
     if changes.empty:
         raise MissingRecords(f"{folder} has no treatment of a fine-tuned language model.")
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (measure, label) in zip(panels, _PANELS.items(), strict=True):
         _draw_panel(axes, changes, measure, label)
@@ -124,7 +143,8 @@ def _picture(frame, folder):
     legend_below(figure)
     seeds = sorted(int(seed) for seed in changes.seed.unique())
     note = f"{caption_start(folder, seeds)} Change by each treatment, compared with no mask. "
-    note += "Large marks: means. Small ones: seeds. Bars: 95 % intervals."
+    note += "Large marks: means; numbers: means beyond the edge. Small marks: seeds. "
+    note += "Bars: 95 % intervals."
     headline(figure, _lm_title(frame), note)
     return figure
 
