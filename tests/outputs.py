@@ -23,6 +23,7 @@ NOTEBOOKS = [
 ]
 
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else a debugger warns of itself
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the outputs were made; forks of more may hang
 
 
 def serve(connection_file, folder):
