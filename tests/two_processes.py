@@ -1,7 +1,7 @@
 """Mask training under Accelerate in two processes, by two launchers; for test_engine.
 
-The launchers are called as functions, in a fork that has the imports: what `torchrun` and
-`accelerate launch` call with a script.
+The launchers are called as functions, in a fork that has the imports: `torchrun` calls the first
+with a script, and the second is the one that Accelerate has for tests.
 """
 
 from pathlib import Path
