@@ -69,48 +69,45 @@ _SHAPES = {"best": "o", "overfitted": "^"}  # the checkpoints that the picture s
 _PANELS = {"exact": "exact match,\npoints", "text": "log loss of general\ntext, nats a token"}
 
 
-def _limits(changes, measure):
-    "From where to where a panel reaches: all but random masks, which may do fifty times as much."
-    seen = [0.0, *changes[changes.method != "random"][measure]]
-    room = 0.2 * (max(seen) - min(seen)) or 1.0
-    return min(seen) - room, max(seen) + room
-
-
 def _draw_change(axes, values, height, color, shape):
-    "One treatment of one checkpoint: its seeds, their mean, the interval; a number if beyond."
-    (low, high), mean = axes.get_xlim(), np.mean(values)
-    if not low <= mean <= high:
-        text = f"{mean:+.0f}".replace("-", "\N{MINUS SIGN}")
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 9.5, "color": color}
-        if mean < low:
-            text = f"\N{BLACK LEFT-POINTING TRIANGLE} {text}"
-            axes.annotate(text, (low, height), (2, 0), ha="left", **style)
-        else:
-            text = f"{text} \N{BLACK RIGHT-POINTING TRIANGLE}"
-            axes.annotate(text, (high, height), (-2, 0), ha="right", **style)
-        return
+    "One treatment of one checkpoint: its seeds, their mean, the interval."
     small = {"color": color, "marker": shape, "ms": 3.5, "ls": "", "alpha": 0.5, "mew": 0}
     axes.plot(values, np.full(len(values), height), **small)
     if len(values) > 1:
         spread = ttest_1samp(values, 0).confidence_interval(0.95)
         axes.plot([spread.low, spread.high], [height] * 2, color=color, lw=1.2)
-    axes.plot(mean, height, color=color, marker=shape)
+    axes.plot(np.mean(values), height, color=color, marker=shape)
+
+
+def _write_beyond(axes, mean, height, color):
+    "The mean of a treatment that lies beyond the edge, as a number with an arrow."
+    (low, high), style = axes.get_xlim(), {"textcoords": "offset points", "va": "center"}
+    text = f"{mean:+.0f}".replace("-", "\N{MINUS SIGN}")
+    edge, away, side = (low, 2, "left") if mean < low else (high, -2, "right")
+    left, right = "\N{BLACK LEFT-POINTING TRIANGLE}", "\N{BLACK RIGHT-POINTING TRIANGLE}"
+    text = f"{left} {text}" if mean < low else f"{text} {right}"
+    axes.annotate(text, (edge, height), (away, 0), ha=side, color=color, fontsize=9.5, **style)
 
 
 def _draw_panel(axes, changes, measure, label):
-    "One measure of all treatments."
+    "One measure of all treatments; random masks come last and do not widen the panel."
     axes.axvline(0, color=GREY, lw=1, ls=":")
-    axes.set_xlim(*_limits(changes, measure))
-    for row, method in enumerate(LM_TREATMENTS):
+    axes.margins(x=0.15)
+    for method in (*(one for one in LM_TREATMENTS if one != "random"), "random"):
+        low, high = axes.get_xlim()
         for number, (checkpoint, shape) in enumerate(_SHAPES.items()):
             mine = changes[(changes.method == method) & (changes.checkpoint == checkpoint)]
-            if len(mine):
-                height = row + 0.36 * (number - 0.5)
-                _draw_change(axes, mine[measure].to_numpy(), height, COLORS[method], shape)
+            values = mine[measure].to_numpy()
+            height = LM_TREATMENTS.index(method) + 0.36 * (number - 0.5)
+            if method == "random" and len(values) and not low <= values.mean() <= high:
+                axes.set_xlim(low, high)
+                _write_beyond(axes, values.mean(), height, COLORS[method])
+            elif len(values):
+                _draw_change(axes, values, height, COLORS[method], shape)
     axes.set(xlabel=label, ylim=(len(LM_TREATMENTS) - 0.5, -0.5))
     axes.set_yticks(range(len(LM_TREATMENTS)), [treatment_name(one) for one in LM_TREATMENTS])
 
-
+# %% ../../../nbs/study/29_lm_figure.ipynb #lmf-headline
 def _lm_title(frame):
     "What the first declared contrast says."
     table = lm_contrasts(frame)
