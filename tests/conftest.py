@@ -2,6 +2,8 @@
 
 import gc
 
+gc.disable()  # imports leave no garbage, and the search for it takes a fifth of their time
+
 LONGEST = (
     "test_house_outputs",
     "test_house_outputs_more",
@@ -29,6 +31,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The search for garbage passes over what was imported, which saves a tenth of the time."""
-    gc.collect()
+    """The search for garbage begins, and passes over what was imported: a tenth of the time."""
     gc.freeze()
+    gc.enable()

@@ -2,18 +2,6 @@
 
 import multiprocessing
 
-# It has run nothing else, so each fork starts with fresh modules and a fresh random state. What is
-# not installed is left out.
-IMPORTED = (
-    "tests.outputs",
-    "ipykernel.kernelapp",
-    "ipykernel.debugger",
-    "ipykernel.zmqshell",
-    "mft_nb.study.runner",
-    "mft_nb.trainer",
-    "matplotlib.pyplot",
-    "seaborn",
-    "peft",
-)
+# It has run nothing else, so each fork starts with fresh modules and a fresh random state.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(list(IMPORTED))
+FORKS.set_forkserver_preload(["tests.imported"])

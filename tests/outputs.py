@@ -1,7 +1,6 @@
 """Compares the outputs in a notebook with those of a fresh run from top to bottom."""
 
 import base64
-import gc
 import io
 import os
 import re
@@ -31,7 +30,6 @@ def serve(connection_file, folder):
     import pandas
     from ipykernel.kernelapp import IPKernelApp
 
-    gc.freeze()  # no search for garbage in what was imported
     os.chdir(folder)
     pandas.set_option("display.max_columns", 20)  # as where a kernel imports it, not a terminal
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
