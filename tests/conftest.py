@@ -2,6 +2,8 @@
 
 import gc
 
+from tests.browser import browse, browser, tab  # noqa: F401
+
 gc.disable()  # imports leave no garbage, and the search for it takes a fifth of their time
 
 LONGEST = (

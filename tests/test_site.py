@@ -8,7 +8,6 @@ import importlib
 import os
 import re
 import runpy
-import shutil
 import sys
 import threading
 import time
@@ -21,14 +20,10 @@ pytest.importorskip("smalldocs", reason="the site is built with smalldocs, of th
 from bs4 import BeautifulSoup  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.browser import DESK  # noqa: E402
 from tests.forks import FORKS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-).split()
 KINDS = (  # of pages: front page, names, a finding, mathematics, a tutorial, a glossary, figures
     "index.html",
     "15_config.html",
@@ -39,7 +34,6 @@ KINDS = (  # of pages: front page, names, a finding, mathematics, a tutorial, a 
     "study/25_study_figures.html",
 )
 PHONE = {"width": 390, "height": 844}
-DESK = {"width": 1400, "height": 900}
 
 
 def build(folder, seconds):
@@ -94,53 +88,6 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_):
         """No line for each request."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, or a skip that says why."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium here: `apt-get install chromium`, or what your system has")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=QUIET)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page; in the end no request has left the site and the console has no error."""
-    contexts, wrong = [], []
-
-    def stays_here(route):
-        address = route.request.url
-        if address.startswith(("file:", "data:", "http://127.0.0.1")):
-            return route.continue_()
-        wrong.append(f"asked for {address}")
-        return route.abort()
-
-    def hears(message):
-        if message.type == "error":
-            wrong.append(message.text)
-
-    def open_page(address, size=DESK, scheme="light"):
-        context = browser.new_context(viewport=size, color_scheme=scheme)
-        contexts.append(context)
-        context.route("**/*", stays_here)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("console", hears)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(address)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
 
 
 @pytest.fixture(params=["http", "disk"])
@@ -288,8 +235,8 @@ def test_pages_have_an_icon_edit_and_source_links_and_neighbours(pages):
 # ---- what a reader sees
 
 
-def test_the_front_page_opens(root, visit):
-    page = visit(f"{root}index.html")
+def test_the_front_page_opens(root, browse):
+    page = browse(f"{root}index.html")
     assert page.locator("h1").inner_text() == "mft_nb"
     picture = page.locator("main img").first
     picture.scroll_into_view_if_needed()
@@ -298,8 +245,8 @@ def test_the_front_page_opens(root, visit):
     assert page.locator("h1").inner_text() == "Does the mask cause the gain?"
 
 
-def test_search_finds_a_name_and_leads_to_it(root, visit):
-    page = visit(f"{root}findings/controls.html")
+def test_search_finds_a_name_and_leads_to_it(root, browse):
+    page = browse(f"{root}findings/controls.html")
     page.keyboard.press("/")
     page.keyboard.type("save_pretrained")
     wanted = page.locator(".site-search-results a:first-child", has_text="MFT.save_pretrained")
@@ -310,21 +257,21 @@ def test_search_finds_a_name_and_leads_to_it(root, visit):
     page.locator(".found-nothing", has_text="Nothing found").wait_for()
 
 
-def test_search_forgives_a_slip(visit, site):
-    page = visit(f"{site.as_uri()}/index.html")
+def test_search_forgives_a_slip(browse, site):
+    page = browse(f"{site.as_uri()}/index.html")
     page.locator(".site-search input").fill("thresold")
     page.locator(".site-search-results a", has_text="hreshold").first.wait_for()
 
 
 @pytest.mark.parametrize("path", KINDS)
-def test_a_phone_shows_the_page_without_scrolling_sideways(path, visit, site):
-    page = visit(f"{site.as_uri()}/{path}", PHONE)
+def test_a_phone_shows_the_page_without_scrolling_sideways(path, browse, site):
+    page = browse(f"{site.as_uri()}/{path}", PHONE)
     page.wait_for_load_state()
     assert page.evaluate("document.scrollingElement.scrollWidth") <= PHONE["width"]
 
 
-def test_the_menu_of_a_phone_scrolls_to_its_end(visit, site):
-    page = visit(f"{site.as_uri()}/index.html", PHONE)
+def test_the_menu_of_a_phone_scrolls_to_its_end(browse, site):
+    page = browse(f"{site.as_uri()}/index.html", PHONE)
     page.locator(".quarto-btn-toggle").click()
     last = page.locator("#quarto-sidebar a.sidebar-link").last
     last.scroll_into_view_if_needed()
@@ -335,9 +282,9 @@ def test_the_menu_of_a_phone_scrolls_to_its_end(visit, site):
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
-def test_a_table_shows_its_verdict(size, visit, site):
+def test_a_table_shows_its_verdict(size, browse, site):
     for path in ("findings/controls.html", "findings/ledger.html"):
-        page = visit(f"{site.as_uri()}/{path}", size)
+        page = browse(f"{site.as_uri()}/{path}", size)
         heads = page.locator("th", has_text="verdict")
         assert heads.count()
         for number in range(heads.count()):
@@ -345,8 +292,8 @@ def test_a_table_shows_its_verdict(size, visit, site):
             assert box["x"] + box["width"] <= size["width"], (path, number)
 
 
-def test_a_table_that_scrolls_says_so_and_the_keyboard_reaches_it(visit, site):
-    page = visit(f"{site.as_uri()}/findings/ledger.html", PHONE)
+def test_a_table_that_scrolls_says_so_and_the_keyboard_reaches_it(browse, site):
+    page = browse(f"{site.as_uri()}/findings/ledger.html", PHONE)
     box = page.locator(".table-frame.scrolls .table-box").first
     box.wait_for()
     assert box.get_attribute("tabindex") == "0"
@@ -358,8 +305,8 @@ def test_a_table_that_scrolls_says_so_and_the_keyboard_reaches_it(visit, site):
     assert "scroll sideways" in page.evaluate(hint)
 
 
-def test_mathematics_needs_no_network(visit, site):
-    page = visit(f"{site.as_uri()}/25_stats.html")
+def test_mathematics_needs_no_network(browse, site):
+    page = browse(f"{site.as_uri()}/25_stats.html")
     formulas = page.locator(".math").count()
     assert formulas > 20
     page.locator(".math .katex").nth(formulas - 1).wait_for(state="attached")
@@ -369,8 +316,8 @@ def test_mathematics_needs_no_network(visit, site):
     assert page.evaluate("document.fonts.check('16px KaTeX_Math')")
 
 
-def test_dark_mode_is_kept(visit, server):
-    page = visit(f"{server}index.html")
+def test_dark_mode_is_kept(browse, server):
+    page = browse(f"{server}index.html")
     shade = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(shade)
     page.locator(".theme-button").click()
@@ -379,13 +326,13 @@ def test_dark_mode_is_kept(visit, server):
     assert page.evaluate(shade) == dark != light
 
 
-def test_the_system_may_ask_for_dark_mode(visit, site):
-    page = visit(f"{site.as_uri()}/index.html", scheme="dark")
+def test_the_system_may_ask_for_dark_mode(browse, site):
+    page = browse(f"{site.as_uri()}/index.html", scheme="dark")
     assert page.evaluate("document.documentElement.dataset.bsTheme") == "dark"
 
 
-def test_the_first_tab_skips_the_menus(visit, site):
-    page = visit(f"{site.as_uri()}/15_config.html")
+def test_the_first_tab_skips_the_menus(browse, site):
+    page = browse(f"{site.as_uri()}/15_config.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip-link"
     assert seen(page, ".skip-link")
@@ -407,14 +354,14 @@ def serious(page):
 
 
 @pytest.mark.parametrize("path", KINDS)
-def test_axe_finds_nothing_serious(path, visit, server):
-    assert serious(visit(server + path)) == []
+def test_axe_finds_nothing_serious(path, browse, server):
+    assert serious(browse(server + path)) == []
 
 
 @pytest.mark.parametrize("path", ["15_config.html", "findings/controls.html"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
-def test_axe_finds_nothing_serious_in_the_dark_with_search_open(path, size, visit, server):
-    page = visit(server + path, size, "dark")
+def test_axe_finds_nothing_serious_in_the_dark_with_search_open(path, size, browse, server):
+    page = browse(server + path, size, "dark")
     if size is PHONE:
         page.locator(".navbar-toggler").click()
         page.locator(".navbar-collapse.show").wait_for()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shutil
 import sys
 import threading
 from functools import partial
@@ -26,17 +25,7 @@ from mft_nb.targets import maskable_weights
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 MASKS = sorted((RESULTS / "masks").glob("*.safetensors"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--no-first-run",
-    "--no-sandbox",
-]
-LOCAL = ("file://", "data:", "blob:", "http://127.0.0.1")
+SIZE = {"width": 1280, "height": 720}
 TREATED = {
     "profile": "embedded",
     "checkpoint": "90",
@@ -74,43 +63,18 @@ def folder(explorer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A Chromium that is installed here; none is downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not found:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=found, args=QUIET)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(browser, folder):
-    """Open the page with an address; at the end nothing may have gone wrong in it."""
-    contexts, wrong = [], []
+def visit(browse, folder):
+    """Opens the page with an address."""
 
-    def opened(chosen=None, base=None, **options):
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "request", lambda one: one.url.startswith(LOCAL) or wrong.append(f"asked for {one.url}")
-        )
-        page.on("requestfailed", lambda one: wrong.append(f"could not load {one.url}"))
+    def opened(chosen=None, base=None, size=SIZE, **options):
         address = f"{base or folder.as_uri()}/index.html"
-        page.goto(f"{address}#{urlencode(chosen)}" if chosen else address)
+        address = f"{address}#{urlencode(chosen)}" if chosen else address
+        page = browse(address, size, **options)
         page.wait_for_selector("body[data-ready]")
         return page
 
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not wrong
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +345,7 @@ def test_a_wrong_address_gives_a_whole_page(visit, wrong):
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (800, "dark"), (1400, "light")])
 def test_nothing_is_wider_than_the_window(visit, width, scheme):
-    page = visit(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page = visit(size={"width": width, "height": 844}, scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.select_option("#profile", "embedded")
     page.set_viewport_size({"width": 360, "height": 740})
@@ -390,7 +354,7 @@ def test_nothing_is_wider_than_the_window(visit, width, scheme):
 
 
 def test_the_reader_s_choice_of_dark_or_light_holds_here_too(visit):
-    page = visit(color_scheme="dark")
+    page = visit(scheme="dark")
     ground = "getComputedStyle(document.documentElement).getPropertyValue('--ground')"
     dark = page.evaluate(ground)
     page.evaluate("toggleTheme()")
