@@ -86,7 +86,7 @@ def hub(masks, monkeypatch, tmp_path):
     Hub.repos["me/model"] = {COMMITS["main"]: {"model.safetensors": b"weights"}}
     Hub.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     point_to(address, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -368,7 +368,7 @@ def test_the_reader_s_choice_of_dark_or_light_holds_here_too(visit):
 def test_it_works_by_http_and_asks_no_other_host(visit, folder):
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         page = visit(TREATED, base=f"http://127.0.0.1:{server.server_port}")
         assert accuracies(page)[0] > 80
