@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from mft_nb.evaluate import evaluate
 from mft_nb.study import lm_checkpoints
 from mft_nb.study.cli import mft_reproduce
-from mft_nb.study.datasets import load_data
+from mft_nb.study.datasets import load_data, training_rows
+from mft_nb.study.inspections import run_inspection
 from mft_nb.study.lm_checkpoints import LM_CHECKPOINTS, fine_tune_lm
 from mft_nb.study.lm_contrasts import chosen_rates
-from mft_nb.study.lm_evaluate import ANSWERS, answer_rows, general_text
+from mft_nb.study.lm_evaluate import ANSWERS, answer_rows, general_text, load_lm
 from mft_nb.study.lm_plan import LM_PUBLISHED, LM_RATES, RATES_SEED
 from mft_nb.study.lm_tasks import LM_TASKS, items_of, lm_rows
 from mft_nb.study.plan import PROFILES, Run, Workspace, plan
@@ -247,3 +248,22 @@ def test_the_declared_rates_are_those_that_validation_chose(profile):
     except MissingRecords:
         return  # the grid is not complete yet
     assert chosen == dict(PROFILES[profile].rates)
+
+
+def test_the_loss_around_a_model_and_its_masks_is_measured(workspace, tokenizer):
+    run = Run("lm", 0, "best", "landscape", 1.0, "inspections")
+    assert run_missing([run], workspace, jobs=1, progress=False) == 1
+    record = read_record(workspace.record(run))
+    around = record["happened"]["around"]
+    assert set(around) == {"none", "mft_paper", "mft_recommended", "random"}
+    rows = training_rows(load_data("words"), TINY.mask_rows, run.seed)
+    model, _ = load_lm(workspace.checkpoints("lm", 0) / "best")
+    loss = answer_rows(model, tokenizer, rows).log_loss.mean()
+    for name, points in around.items():
+        (start,) = {point["loss"] for point in points if point["at"] == 0}
+        assert len(points) == 5 * 5
+        assert (name == "none") == (start == pytest.approx(loss))
+        assert all(0 <= point["accuracy"] <= 1 for point in points)
+    with pytest.raises(ValueError, match="for a language model 'landscape' is allowed"):
+        given = (replace(run, method="draws"), model, tokenizer, rows, rows, workspace)
+        run_inspection(*given)

@@ -81,6 +81,7 @@ def lm_studies(
         "thirds": [*cells(best, ours, variants=("layers_0_9", "layers_20_29"))],
         "fractions": [*cells(best, (*ours, "random", "magnitude"), few)],
         "rows": [*cells(best, (*ours, "continued"), variants=("rows_500", "rows_1000"))],
+        "inspections": [*cells(best, ("landscape",))],
         "rates": [*cells(best, ("none",)), *rates],
     }
 
@@ -95,6 +96,7 @@ _MORE = tuple(
     {"study": study, "seeds": _THREE, "covers": f"all runs, {_OPEN}"}
     for study in ("early", "thirds", "fractions", "rows")
 )
+_MORE += ({"study": "inspections", "seeds": _THREE, "covers": f"landscape, {_OPEN}"},)
 _RATES = {"study": "rates", "seeds": (RATES_SEED,)}
 LM_PUBLISHED = {  # fields of `Part`
     "lm": ({**_RATES, "covers": "all rates, third machine"}, *_MAIN, *_MORE),

@@ -315,7 +315,8 @@ def needed_masks(
     "The runs whose trained masks an inspection reads."
     if run.method not in INSPECTION_NAMES or run.method in ("pull", "rounds", "draws"):
         return []
-    mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in RECIPE_OF]
+    recipes = [one for one in RECIPE_OF if one != "mft_seed" or run.checkpoint in CHECKPOINTS]
+    mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in recipes]
     if run.method == "anatomy":
         mine += [Run(run.profile, run.seed, "baseline", "mft_recommended")]
         if run.seed:
