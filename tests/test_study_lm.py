@@ -265,5 +265,5 @@ def test_the_loss_around_a_model_and_its_masks_is_measured(workspace, tokenizer)
         assert (name == "none") == (start == pytest.approx(loss))
         assert all(0 <= point["accuracy"] <= 1 for point in points)
     with pytest.raises(ValueError, match="for a language model 'landscape' is allowed"):
-        given = (replace(run, method="draws"), model, tokenizer, rows, rows, workspace)
+        given = (replace(run, method="draws"), model, tokenizer, rows, rows, rows, workspace)
         run_inspection(*given)

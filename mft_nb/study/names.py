@@ -41,6 +41,7 @@ INSPECTION_NAMES = {
     "pull": "what pulls at the scores",
     "rounds": "pruned along the gradient in small parts",
     "draws": "a hundred random masks",
+    "few": "a few weights pruned by the loss",
 }
 
 # %% ../../nbs/study/00_names.ipynb #unit-names

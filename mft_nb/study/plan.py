@@ -218,8 +218,8 @@ STUDIES |= {
         *_cells(("90",), ("continued",), variants=("rows_24000",)),
     ],
     "inspections": [
-        *_cells(("90",), [name for name in INSPECTION_NAMES if name != "draws"]),
-        *_cells(CHECKPOINTS, ("draws",)),
+        *_cells(("90",), [name for name in INSPECTION_NAMES if name not in ("draws", "few")]),
+        *_cells(CHECKPOINTS, ("draws", "few")),
     ],
     "units": [
         *_cells(("90",), UNIT_NAMES, (0.9, 0.75, 0.5, 0.25), ("neurons",)),
@@ -309,11 +309,14 @@ def _check_seeds(seeds):
         )
 
 # %% ../../nbs/study/12_plan.ipynb #e4a70010
+_NO_MASKS = ("pull", "rounds", "draws", "few")  # inspections that read none
+
+
 def needed_masks(
     run: Run,  # an inspection, or any other run
 ) -> list[Run]:  # empty for a run that is no inspection
     "The runs whose trained masks an inspection reads."
-    if run.method not in INSPECTION_NAMES or run.method in ("pull", "rounds", "draws"):
+    if run.method not in INSPECTION_NAMES or run.method in _NO_MASKS:
         return []
     recipes = [one for one in RECIPE_OF if one != "mft_seed" or run.checkpoint in CHECKPOINTS]
     mine = [Run(run.profile, run.seed, run.checkpoint, method) for method in recipes]
@@ -450,7 +453,7 @@ _ROWS = ("rows_24000",)
 _SMALL = ("", *(name for name in CHOICES if name not in _ROWS))
 _TRIED = ("", "layers_0_1", "rows_1500", "rows_3000", "rows_12000")
 _RATED = tuple(CONTROL_RATES)
-_EARLY = tuple(name for name in INSPECTION_NAMES if name not in ("rounds", "draws"))
+_EARLY = ("descent", "landscape", "anatomy", "pull")
 PUBLISHED["sst2"] += (
     Part("waterfall", _FIRST, covers="all factors, first machine"),
     Part("curves", (0, 1, 2, *_LATER), ("random", "magnitude"), covers="two masks, both machines"),
@@ -465,6 +468,7 @@ PUBLISHED["sst2"] += (
     Part("inspections", (0, 1, 2), _EARLY, covers="all that need masks, first machine"),
     Part("inspections", _LATER, ("rounds",), covers="rounds, second machine"),
     Part("inspections", (7, 8, 9), ("draws",), covers="random masks, not complete yet"),
+    Part("inspections", (7, 8, 9), ("few",), covers="a few weights, not complete yet"),
     Part("rates", (5,), checkpoints=("90",), covers="converged, second machine"),
     Part("controls", (5,), _RATED, ("90",), covers="four trainings, converged, second machine"),
 )

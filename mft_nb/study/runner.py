@@ -152,8 +152,8 @@ def do_run(
     count = VARIANTS.get(run.variant, {}).get("rows", profile.mask_rows)
     rows = training_rows(data, count, run.seed)
     if run.method in INSPECTION_NAMES:
-        test = first_rows(data["test"], profile.test_rows)
-        happened = run_inspection(run, model, tokenizer, rows, test, workspace)
+        test, held, _ = _splits(data, profile).values()
+        happened = run_inspection(run, model, tokenizer, rows, held, test, workspace)
         settings, predictions = {}, None
     elif run.method in UNIT_NAMES:
         splits = _splits(data, profile)
