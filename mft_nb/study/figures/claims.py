@@ -321,14 +321,17 @@ def _draw_few(axes, frame, column):
     "The mean of a column by number of pruned weights, a line a rule."
     counts = sorted(frame["count"].unique())
     for rule, (color, marker) in FEW_STYLES.items():
-        mine = 100 * frame[frame.rule.isin(("none", rule))].groupby("count")[column].mean()
-        places = [counts.index(count) for count in mine.index]
-        axes.plot(places, mine, marker=marker, color=color, label=rule)
-    named = [f"{count / 1000:g}k" if count else "0" for count in counts]
+        mine = frame[frame.rule.isin(("none", rule))]
+        by_seed = 100 * mine.pivot_table(index="count", columns="seed", values=column)
+        places = [counts.index(count) for count in by_seed.index]
+        axes.plot(places, by_seed, color=color, lw=0.7, alpha=0.5)
+        axes.plot(places, by_seed.mean(axis=1), marker=marker, color=color, label=rule)
+    named = [f"{count // 1000}k" if count >= 1000 else f"{count}" for count in counts]
     axes.set_xticks(range(len(counts)), named)
     axes.set_xlabel("weights pruned")
 
 
+@rc_context(STYLE)
 def few_figure(
     folder: str | Path,  # of one profile's records
 ) -> Figure:  # MissingRecords without the inspection
@@ -344,7 +347,7 @@ def few_figure(
     panels[0].set_ylabel("accuracy (%)")
     legend_below(figure)
     seeds = sorted(int(seed) for seed in frame.seed.unique())
-    note = f"{caption_start(folder, seeds)} Half-trained models, means over seeds; k: thousand. "
+    note = f"{caption_start(folder, seeds)} Half-trained models; thin lines: seeds; k: thousand. "
     note += "Right: with the threshold that is best on validation."
     headline(figure, FEW_TITLES[few_knowledge(frame).verdict], note)
     return figure
