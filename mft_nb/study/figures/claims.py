@@ -311,9 +311,9 @@ FEW_STYLES = {  # rule: colour and marker
     "random": (COLORS["random"], "D"),
 }
 FEW_TITLES = {
-    "found": "A few pruned weights bring more than a moved threshold",
-    "excluded": "A few pruned weights bring no more than a moved threshold",
-    "undecided": "A few pruned weights: more than a threshold? Undecided",
+    "found": "Without 5,000 chosen weights a model knows more",
+    "excluded": "Without 5,000 chosen weights a model knows no more",
+    "undecided": "Whether a few pruned weights teach a model is undecided",
 }
 
 
@@ -321,7 +321,8 @@ def _draw_few(axes, frame, column):
     "The mean of a column by number of pruned weights, a line a rule."
     counts = sorted(frame["count"].unique())
     for rule, (color, marker) in FEW_STYLES.items():
-        mine = frame[frame.rule.isin(("none", rule))]
+        start = () if rule == "greedy" else ("none",)  # its first point is its first round
+        mine = frame[frame.rule.isin((*start, rule))]
         by_seed = 100 * mine.pivot_table(index="count", columns="seed", values=column)
         places = [counts.index(count) for count in by_seed.index]
         axes.plot(places, by_seed, color=color, lw=0.7, alpha=0.5)
@@ -340,7 +341,7 @@ def few_figure(
     frame = frame[frame.checkpoint == "75"]
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    named = (("accuracy", "threshold at one half"), ("moved", "threshold moved"))
+    named = (("accuracy", "as it decides"), ("moved", "threshold moved"))
     for axes, (column, title) in zip(panels, named, strict=True):
         _draw_few(axes, frame, column)
         axes.set_title(title)
