@@ -446,7 +446,7 @@ def adapter_to_mask(
     "Write the mask of an adapter as a mask file; ValueError where it belongs to another base."
     _check_saved(str(adapter))
     config = PeftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, MftConfig):
+    if config.peft_type != MftConfig().peft_type:
         raise ValueError(
             f"{adapter} is an adapter of {type(config).__name__}. Name one of MftConfig."
         )
