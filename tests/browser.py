@@ -57,6 +57,7 @@ def browse(browser, tab):
         page = listen(browser.new_page(**options)) if options else tab
         if options:
             extra.append(page)
+        page.set_default_timeout(20_000)
         page.set_viewport_size(size)
         page.emulate_media(color_scheme=scheme)
         page.goto(address)

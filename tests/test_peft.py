@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     inject_adapter_in_model,
+    mapping,
 )
 from torch import nn
 from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -285,6 +288,17 @@ def test_files_are_converted_for_plain_models_alone(convert, tmp_path):
     with pytest.raises(TypeError, match="model is a str; allowed is a torch.nn.Module"):
         convert(given, tmp_path / "made", "my-model")
     assert not (tmp_path / "made").exists()
+
+
+def test_an_adapter_is_known_where_its_config_was_defined_twice(tmp_path, monkeypatch):
+    get_peft_model(tiny_llama(), MftConfig()).save_pretrained(tmp_path / "adapter")
+    for kind in ("CONFIG", "TUNER", "PREFIX"):  # put back afterwards
+        known = getattr(mapping, f"PEFT_TYPE_TO_{kind}_MAPPING")
+        monkeypatch.setitem(known, "MFT", known["MFT"])
+    again = runpy.run_module("mft_nb.peft")["MftConfig"]  # as by a notebook of this process
+    assert type(PeftConfig.from_pretrained(tmp_path / "adapter")) is again is not MftConfig
+    adapter_to_mask(tmp_path / "adapter", tmp_path, tiny_llama())
+    assert load_mask(tmp_path / "mask.safetensors").mask.density == pytest.approx(0.9, abs=0.01)
 
 
 @pytest.mark.parametrize("form", ["scores", "bits"])
