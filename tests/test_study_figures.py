@@ -9,12 +9,14 @@ import pytest
 from matplotlib.colors import to_hex
 
 from mft_nb.study.effects import OURS
+from mft_nb.study.figures.claims import few_figure
 from mft_nb.study.figures.curve import CURVES, UNIT_COLORS
 from mft_nb.study.figures.draw import ALL_FIGURES, draw_all
 from mft_nb.study.figures.lm import LM_FIGURES
 from mft_nb.study.figures.style import COLORS, GREY
 from mft_nb.study.figures.table import FRONT, _anatomy_title, _changed_title, _front_title
 from mft_nb.study.names import CHECKPOINT_NAMES
+from mft_nb.study.records import MissingRecords
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 12  # of a title, at most
@@ -196,3 +198,11 @@ def test_a_second_model_with_pruned_neurons_is_drawn_as_far_as_its_records_go(tm
     assert caption.startswith("MPNet-base on SST-2") and "BERT-base's shape" in caption
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(labels) == 4 and "trained mask of units" in labels
+
+
+def test_a_few_weights_are_drawn_once_a_half_trained_model_is_there(tmp_path):
+    folder = tmp_path / "sst2" / "inspections"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "results/sst2/inspections/seed7-baseline-few.json", folder)
+    with pytest.raises(MissingRecords, match="no half-trained model"):
+        few_figure(tmp_path / "sst2")

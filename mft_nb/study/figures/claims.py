@@ -335,10 +335,12 @@ def _draw_few(axes, frame, column):
 @rc_context(STYLE)
 def few_figure(
     folder: str | Path,  # of one profile's records
-) -> Figure:  # MissingRecords without the inspection
+) -> Figure:  # MissingRecords without that of a half-trained model
     "Accuracy of half-trained models without a few weights, with the threshold as it is and moved."
     frame = few_frame(folder)
     frame = frame[frame.checkpoint == "75"]
+    if frame.empty:
+        raise MissingRecords(f"{folder} has no half-trained model without a few weights.")
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     named = (("accuracy", "as it decides"), ("moved", "threshold moved"))
