@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSPECTED_ROWS', 'ANSWERED_ROWS', 'LINE', 'FRACTIONS', 'DISTANCES', 'ROUNDS', 'FINE_ROUNDS', 'DRAWS', 'FEW_COUNTS',
-           'FEW_EACH', 'FEW_DRAWS', 'run_inspection']
+           'FEW_EACH', 'FEW_DRAWS', 'THEIR_ROWS', 'THEIR_BATCH', 'run_inspection']
 
 # %% ../../nbs/study/14_inspections.ipynb #need-inspections
 from ..files import need_extra
@@ -15,21 +15,30 @@ need_extra("train", "mft_nb.study.inspections")
 # %% ../../nbs/study/14_inspections.ipynb #imports-09_inspe
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import DataCollatorWithPadding
 
 from ..applied import AppliedMask
-from ..bitmask import magnitude_mask, overlap, random_mask
+from ..bitmask import BitMask, magnitude_mask, overlap, random_mask
 from ..config import MaskConfig
+from ..data import tokenise
+from ..freeze import Frozen
+from ..mask import MFT
 from ..mask_file import load_mask
 from ..model import head_of
 from .controls import importance_mask
 from .datasets import first_rows
-from .gradient import fastest_mask, mean_gradient, toward_zero_mask
+from mft_nb.study.gradient import (
+    fastest_mask,
+    mean_gradient,
+    most_moved_mask,
+    toward_zero_mask,
+)
 from mft_nb.study.landscape import (
     FEW_RULES,
     Evaluator,
@@ -62,6 +71,7 @@ DRAWS = 100  # random masks
 FEW_COUNTS = (100, 1000, 5000, 10_000)  # weights of all to prune
 FEW_EACH = 1000  # of them a round, where the gradient is taken anew
 FEW_DRAWS = 3  # times at random
+THEIR_ROWS, THEIR_BATCH = 1000, 32  # training sentences of BERT-MFT's programs, and in a batch
 
 # %% ../../nbs/study/14_inspections.ipynb #overlap-code
 def _overlap_entry(first, second):
@@ -221,6 +231,106 @@ def _said(model, tokenizer, rows):
     positive = prediction_rows(predict(model, tokenizer, rows), rows["label"]).positive
     return " ".join(str(round(10_000 * one)) for one in positive)
 
+# %% ../../nbs/study/14_inspections.ipynb #their-rows-code
+def _in_order(tokenizer, rows):
+    "Padded batches of the first rows as they come; an incomplete last one is left out."
+    tokens = tokenise(first_rows(rows, THEIR_ROWS), tokenizer).remove_columns("length")
+    collate = DataCollatorWithPadding(tokenizer)
+    ends = range(THEIR_BATCH, len(tokens) + 1, THEIR_BATCH)
+    return [collate([tokens[row] for row in range(end - THEIR_BATCH, end)]) for end in ends]
+
+# %% ../../nbs/study/14_inspections.ipynb #letter-code
+def _letter(run, model, tokenizer, rows, on_test, epochs=2):
+    "BERT-MFT's training of scores: with and without the task's gradient, and its penalty."
+    config = replace(MaskConfig.bert_mft(), init_seed=run.seed)
+    batches = _in_order(tokenizer, rows)
+    found = []
+    for gradient, l1 in product((False, True), (config.l1, 0.0)):
+        mft = MFT(model, replace(config, l1=l1))
+        try:
+            start = mft.bitmask()
+            adam = torch.optim.Adam(mft.scores, lr=TrainConfig.recipe("bert_mft").learning_rate)
+            torch.manual_seed(run.seed)  # of the dropout
+            for epoch in range(1, epochs + 1):
+                for batch in batches:
+                    model.train()
+                    loss = model(**batch).loss if gradient else mft.penalty()
+                    if loss.requires_grad:
+                        adam.zero_grad()
+                        loss.backward()
+                        adam.step()
+                moved = (start ^ mft.bitmask()).kept / start.total
+                at = {"gradient": gradient, "l1": l1, "epoch": epoch, "changed": moved}
+                found.append(at | on_test(model))
+        finally:
+            mft.unload()
+    return {"rows": THEIR_BATCH * len(batches), "whole": on_test(model), "trainings": found}
+
+# %% ../../nbs/study/14_inspections.ipynb #parts-code
+_PARTS = {  # what is pruned together
+    "all": ("embeddings", "LayerNorms", "biases", "matrices"),
+    "embeddings": ("embeddings",),
+    "LayerNorms": ("LayerNorms",),
+    "biases": ("biases",),
+    "matrices": ("matrices",),
+    "biases and matrices": ("biases", "matrices"),
+}
+
+
+def _part_of(name):
+    "The part of a model that a parameter belongs to; None for pooler and classifier."
+    if name.startswith("classifier.") or ".pooler." in name:
+        return None
+    if "LayerNorm" in name:
+        return "LayerNorms"
+    if ".embeddings." in name:
+        return "embeddings"
+    return "biases" if name.endswith("bias") else "matrices"
+
+
+def _parts(run, model, tokenizer, rows, on_test, draws=3):
+    "What BERT-MFT's gradient rule prunes in each part of a model, and what that does."
+    weights = {name: one for name, one in model.named_parameters() if _part_of(name)}
+    batches = _in_order(tokenizer, rows)
+    gradients = _with_dropout(run, model, batches, weights)
+    chosen = most_moved_mask(weights, gradients)
+    found = [{"part": "none", "rule": "none", "draw": 0, "weights": 0, "pruned": 0}]
+    found[0] |= on_test(model)
+    for part, together in _PARTS.items():
+        mask = BitMask({name: one for name, one in chosen.items() if _part_of(name) in together})
+        at = {"part": part, "weights": mask.total, "pruned": mask.total - mask.kept}
+        for draw in range(1 + draws):
+            seed = 1000 * run.seed + draw
+            with AppliedMask(model, _shuffled(mask, seed) if draw else mask):
+                rule = "random" if draw else "gradient"
+                found.append(at | {"rule": rule, "draw": draw, **on_test(model)})
+    return {"rows": THEIR_BATCH * len(batches), "cuts": found}
+
+
+def _with_dropout(run, model, batches, weights):
+    "The sum over batches of the gradient of their mean loss, with dropout on."
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    torch.manual_seed(run.seed)
+    with Frozen(model, trained=weights):
+        for batch in batches:
+            model.train()
+            gradients = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+            for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
+                sum_so_far += gradient
+    model.eval()
+    return total
+
+
+def _shuffled(mask, seed):
+    "As many pruned in each tensor, at random places."
+    drawn = torch.Generator().manual_seed(seed)
+    return BitMask(
+        {
+            name: kept.flatten()[torch.randperm(kept.numel(), generator=drawn)].view_as(kept)
+            for name, kept in mask.items()
+        }
+    )
+
 # %% ../../nbs/study/14_inspections.ipynb #e4a70005
 def run_inspection(
     run: Run,  # with a method of `INSPECTION_NAMES`
@@ -246,6 +356,9 @@ def run_inspection(
         return {"masks": found, "overlaps": _overlaps(masks)}
     if run.method == "draws":
         return _random_draws(run, model, maskable_weights(model), Evaluator(tokenizer, test))
+    if run.method in ("letter", "parts"):
+        theirs = _letter if run.method == "letter" else _parts
+        return theirs(run, model, tokenizer, rows, Evaluator(tokenizer, test))
     rows = first_rows(rows, ANSWERED_ROWS if of_answers else INSPECTED_ROWS)
     if run.method == "few":
         return _few(run, model, tokenizer, rows, held, test)

@@ -42,6 +42,8 @@ INSPECTION_NAMES = {
     "rounds": "pruned along the gradient in small parts",
     "draws": "a hundred random masks",
     "few": "a few weights pruned by the loss",
+    "letter": "BERT-MFT's program, as it is and mended",
+    "parts": "BERT-MFT's gradient rule, part by part",
 }
 
 # %% ../../nbs/study/00_names.ipynb #unit-names

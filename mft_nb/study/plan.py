@@ -203,6 +203,7 @@ STUDIES = {  # name: what is run for each seed
 }
 
 # %% ../../nbs/study/12_plan.ipynb #studies-last
+_EVERYWHERE = ("draws", "few", "letter", "parts")  # inspections of every checkpoint
 STUDIES |= {
     "waterfall": [*_cells(("90",), ("mft_seed",), variants=FACTORS)],
     "report": [*_cells(CHECKPOINTS, ("mft_seed",), variants=("l1_start",))],
@@ -218,8 +219,8 @@ STUDIES |= {
         *_cells(("90",), ("continued",), variants=("rows_24000",)),
     ],
     "inspections": [
-        *_cells(("90",), [name for name in INSPECTION_NAMES if name not in ("draws", "few")]),
-        *_cells(CHECKPOINTS, ("draws", "few")),
+        *_cells(("90",), [name for name in INSPECTION_NAMES if name not in _EVERYWHERE]),
+        *_cells(CHECKPOINTS, _EVERYWHERE),
     ],
     "units": [
         *_cells(("90",), UNIT_NAMES, (0.9, 0.75, 0.5, 0.25), ("neurons",)),
@@ -309,7 +310,7 @@ def _check_seeds(seeds):
         )
 
 # %% ../../nbs/study/12_plan.ipynb #e4a70010
-_NO_MASKS = ("pull", "rounds", "draws", "few")  # inspections that read none
+_NO_MASKS = ("pull", "rounds", *_EVERYWHERE)  # inspections that read none
 
 
 def needed_masks(
@@ -469,6 +470,7 @@ PUBLISHED["sst2"] += (
     Part("inspections", _LATER, ("rounds",), covers="rounds, second machine"),
     Part("inspections", (7, 8, 9), ("draws",), covers="random masks, not complete yet"),
     Part("inspections", (7, 8, 9), ("few",), covers="a few weights, third machine"),
+    Part("inspections", (7, 8, 9), ("letter", "parts"), covers="programs, not complete yet"),
     Part("rates", (5,), checkpoints=("90",), covers="converged, second machine"),
     Part("controls", (5,), _RATED, ("90",), covers="four trainings, converged, second machine"),
 )
