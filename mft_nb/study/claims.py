@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BERT_MFT', 'PROGRAM', 'PAPER', 'CLAIMS', 'judge', 'Claim', 'over_seeds', 'accuracy_change', 'knowledge_lost',
-           'bearing_gap', 'steepness_gap', 'widest_change', 'judged', 'ledger']
+           'bearing_gap', 'steepness_gap', 'part_cost', 'widest_change', 'judged', 'ledger']
 
 # %% ../../nbs/study/20_claims.ipynb #need-claims
 from ..files import need_extra
@@ -167,6 +167,20 @@ def _rise(points):
     loss = pd.DataFrame(points).groupby("at").loss.mean().sort_index()
     return loss.iloc[-1] - loss.iloc[0]
 
+# %% ../../nbs/study/20_claims.ipynb #part-cost-code
+def part_cost(
+    folder: Path,  # of one profile's records
+    claim: Claim,  # whose checkpoint to take; its variant is the part
+) -> pd.Series | None:  # as `over_seeds` gives it, a fraction of the sentences; None: no runs
+    "What pruning by BERT-MFT's gradient rule changes in one part of a model."
+    changes = []
+    for record in read_inspections(folder, "parts", required=False):
+        if record["asked"]["checkpoint"] == claim.checkpoint:
+            whole, *cuts = record["happened"]["cuts"]
+            of_rule = {cut["part"]: cut["accuracy"] for cut in cuts if cut["rule"] == "gradient"}
+            changes.append(of_rule[claim.variant] - whole["accuracy"])
+    return over_seeds(changes) if changes else None
+
 # %% ../../nbs/study/20_claims.ipynb #widest-code
 def widest_change(
     folder: Path,  # of one profile's records
@@ -208,6 +222,20 @@ _RUINED = tuple(
 )
 
 # %% ../../nbs/study/20_claims.ipynb #reported-code
+_PRESERVED = tuple(
+    Claim(
+        source=BERT_MFT,
+        text=f"the {part} must be preserved: pruning only there costs the converged model",
+        number="a conclusion",
+        checkpoint="90",
+        method="gradient_all",
+        effect=-1,  # any loss
+        variant=part,
+        comparable=False,
+        measure=part_cost,
+    )
+    for part in ("embeddings", "LayerNorms")
+)
 _CATASTROPHE = Claim(
     source=BERT_MFT,
     text="pruning 90 % is a catastrophe; here by our trained mask",
@@ -346,6 +374,7 @@ _FLATTER = Claim(
 # %% ../../nbs/study/20_claims.ipynb #claims-all
 CLAIMS = (
     *_RUINED,
+    *_PRESERVED,
     _CATASTROPHE,
     _BEARS_MORE,
     *_AS_DESCRIBED,
@@ -403,6 +432,7 @@ def _ends(low, high, factor=100, decimals=1):
 _UNITS = {  # measure: (factor, decimals, unit)
     accuracy_change: (100, 1, "points"),
     widest_change: (100, 1, "points"),
+    part_cost: (100, 1, "points"),
     knowledge_lost: (100, 0, "% of what it knows, lost"),
     bearing_gap: (100, 0, "% of what it knows"),
     steepness_gap: (1, 3, "of loss"),

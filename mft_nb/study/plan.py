@@ -470,7 +470,7 @@ PUBLISHED["sst2"] += (
     Part("inspections", _LATER, ("rounds",), covers="rounds, second machine"),
     Part("inspections", (7, 8, 9), ("draws",), covers="random masks, not complete yet"),
     Part("inspections", (7, 8, 9), ("few",), covers="a few weights, third machine"),
-    Part("inspections", (7, 8, 9), ("letter", "parts"), covers="programs, not complete yet"),
+    Part("inspections", (7, 8, 9), ("letter", "parts"), covers="its programs, third machine"),
     Part("rates", (5,), checkpoints=("90",), covers="converged, second machine"),
     Part("controls", (5,), _RATED, ("90",), covers="four trainings, converged, second machine"),
 )
