@@ -384,15 +384,18 @@ def let_in(
 
 # %% ../../../nbs/study/27_claim_figures.ipynb #letter-fig
 LETTER_WAYS = {  # (gradient, penalty): name, colour, and whether the mark is filled
-    (False, False): ("random scores", COLORS["random"], False),
-    (False, True): ("the program: penalty", COLORS["random"], True),
+    (False, False): ("neither: random scores", COLORS["random"], False),
+    (False, True): ("penalty, as the program", COLORS["random"], True),
     (True, True): ("gradient and penalty", COLORS["mft_seed"], True),
-    (True, False): ("gradient alone", COLORS["mft_seed"], False),
+    (True, False): ("gradient only", COLORS["mft_seed"], False),
 }
 
 
 def _letter_title(frame):
-    "The declared contrast in words."
+    "What all seeds of the untrained head show, or else the declared contrast."
+    last = frame[frame.gradient & (frame.epoch == 2) & (frame.checkpoint == "baseline")]
+    if last[last.l1 == 0].change.min() > 0.1 and last[last.l1 > 0].change.max() < 0.05:
+        return "Mended, the program teaches only without its penalty"
     found = let_in(frame)
     if not found.p_value < 0.05:
         return "Gradient let in: no clear effect on the converged model"
@@ -424,7 +427,8 @@ def letter_figure(
     axes.set(xlabel="accuracy minus no mask (points)", ylim=(len(CHECKPOINT_NAMES) - 0.4, -0.6))
     legend_below(figure, 2)
     seeds = sorted(int(seed) for seed in last.seed.unique())
-    note = f"{caption_start(folder, seeds)} After 62 steps; ticks: seeds, circles: means."
+    note = f"{caption_start(folder, seeds)} After 62 steps. Blue: the task's gradient is let in; "
+    note += "filled: with the penalty. Ticks: seeds, circles: means."
     headline(figure, _letter_title(frame), note)
     return figure
 
@@ -482,23 +486,26 @@ def parts_figure(
         raise MissingRecords(f"{folder} lacks parts of half-trained or converged models.")
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
-    rules = {"gradient": (COLORS["gradient_all"], "X"), "random": (COLORS["random"], "D")}
+    rules = {
+        "gradient": ("BERT-MFT's rule", COLORS["gradient_all"], "X"),
+        "random": ("as many at random", COLORS["random"], "D"),
+    }
     for axes, checkpoint in zip(panels, checkpoints, strict=True):
         axes.axvline(0, color="black", ls=":", lw=1)
-        for (rule, (color, marker)), shift in zip(rules.items(), (-0.15, 0.15), strict=True):
+        for (rule, (label, color, marker)), shift in zip(rules.items(), (-0.15, 0.15), strict=True):
             mine = frame[(frame.checkpoint == checkpoint) & (frame.rule == rule)]
             by_seed = 100 * mine.groupby(["part", "seed"]).change.mean().unstack()
             by_seed, heights = by_seed.loc[list(_PART_ROWS)], np.arange(len(_PART_ROWS)) + shift
             axes.plot(by_seed, heights, "|", color=color, ms=8)
-            axes.plot(by_seed.mean(axis=1), heights, marker, color=color, ls="", label=rule)
+            axes.plot(by_seed.mean(axis=1), heights, marker, color=color, ls="", label=label)
         axes.set_title(CHECKPOINT_NAMES[checkpoint])
-        axes.set_xlabel("points")
+        axes.set_xlabel("change (points)")
     panels[0].set_yticks(range(len(_PART_ROWS)), [fill(part, 12) for part in _PART_ROWS])
     panels[0].set_ylim(len(_PART_ROWS) - 0.5, -0.5)
     legend_below(figure)
     seeds = sorted(int(seed) for seed in frame.seed.unique())
-    note = f"{caption_start(folder, seeds)} Accuracy minus that of the whole model. Pruned is what "
-    note += "the rule takes there, or as many at random; ticks: seeds, marks: means."
+    note = f"{caption_start(folder, seeds)} Accuracy minus that of the whole model. Pruned: what "
+    note += "the rule takes in that part, or as many there at random. Ticks: seeds, marks: means."
     headline(figure, PARTS_TITLES[parts_verdicts(frame).verdict.iloc[-1]], note)
     return figure
 
