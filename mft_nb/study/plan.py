@@ -468,7 +468,7 @@ PUBLISHED["sst2"] += (
     Part("report", _LATER, covers="all checkpoints, second machine"),
     Part("inspections", (0, 1, 2), _EARLY, covers="all that need masks, first machine"),
     Part("inspections", _LATER, ("rounds",), covers="rounds, second machine"),
-    Part("inspections", (7, 8, 9), ("draws",), covers="random masks, not complete yet"),
+    Part("inspections", (7, 8, 9), ("draws",), covers="random masks, third machine"),
     Part("inspections", (7, 8, 9), ("few",), covers="a few weights, third machine"),
     Part("inspections", (7, 8, 9), ("letter", "parts"), covers="its programs, third machine"),
     Part("rates", (5,), checkpoints=("90",), covers="converged, second machine"),
