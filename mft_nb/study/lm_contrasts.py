@@ -99,7 +99,8 @@ def contrasts_text(
         treated, compared = _NAMES[row.treatment], _NAMES[row.control]
         text = {"checkpoint": LM_CHECKPOINT_NAMES[row.checkpoint]}
         text |= {"difference": f"{treated} minus {compared}", "seeds": row.seeds}
-        text |= {"points [95 %]": points, "p, Holm": p_text(row.p_holm) if row.seeds > 1 else ""}
+        p_value = p_text(row.p_holm) if row.p_holm == row.p_holm else ""  # not tested: none
+        text |= {"points [95 %]": points, "p, Holm": p_value}
         rows.append(text | {"verdict": row.verdict})
     return pd.DataFrame(rows)
 

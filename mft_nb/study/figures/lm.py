@@ -73,7 +73,7 @@ def _draw_change(axes, values, height, color, shape):
     "One treatment of one checkpoint: its seeds, their mean, the interval."
     small = {"color": color, "marker": shape, "ms": 3.5, "ls": "", "alpha": 0.5, "mew": 0}
     axes.plot(values, np.full(len(values), height), **small)
-    if len(values) > 1:
+    if len(values) > 2:  # of two the bar would fill the panel
         spread = ttest_1samp(values, 0).confidence_interval(0.95)
         axes.plot([spread.low, spread.high], [height] * 2, color=color, lw=1.2)
     axes.plot(np.mean(values), height, color=color, marker=shape)
