@@ -141,7 +141,7 @@ def _picture(frame, folder):
     seeds = sorted(int(seed) for seed in changes.seed.unique())
     note = f"{caption_start(folder, seeds)} Change by each treatment, compared with no mask. "
     note += "Large marks: means; numbers: means beyond the edge. Small marks: seeds. "
-    note += "Bars: 95 % intervals."
+    note += "Bars: 95 % intervals." if len(seeds) > 2 else ""
     headline(figure, _lm_title(frame), note)
     return figure
 
