@@ -458,7 +458,8 @@ def parts_verdicts(
     mine = frame[(frame.checkpoint == checkpoint) & (frame.rule == "gradient")]
     found = {part: over_seeds(mine[mine.part == part].change) for part in (*CRITICAL, _OTHERS)}
     table = pd.DataFrame(found).T
-    table["p_holm"] = [*holm(table.p_value[:-1].to_numpy(float)), np.nan]
+    tested = table.p_value[:-1].astype(float).dropna()  # one seed is no test
+    table["p_holm"] = pd.Series(holm(tested.to_numpy()) if len(tested) else [], tested.index, float)
     costs = (table.difference < 0) & (table.p_holm < 0.05)
     table["verdict"] = np.where(costs, "must be preserved", "undecided")
     rest = table.loc[_OTHERS]
