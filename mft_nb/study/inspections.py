@@ -287,26 +287,7 @@ def _part_of(name):
         return "embeddings"
     return "biases" if name.endswith("bias") else "matrices"
 
-
-def _parts(run, model, tokenizer, rows, on_test, draws=3):
-    "What BERT-MFT's gradient rule prunes in each part of a model, and what that does."
-    weights = {name: one for name, one in model.named_parameters() if _part_of(name)}
-    batches = _in_order(tokenizer, rows)
-    gradients = _with_dropout(run, model, batches, weights)
-    chosen = most_moved_mask(weights, gradients)
-    found = [{"part": "none", "rule": "none", "draw": 0, "weights": 0, "pruned": 0}]
-    found[0] |= on_test(model)
-    for part, together in _PARTS.items():
-        mask = BitMask({name: one for name, one in chosen.items() if _part_of(name) in together})
-        at = {"part": part, "weights": mask.total, "pruned": mask.total - mask.kept}
-        for draw in range(1 + draws):
-            seed = 1000 * run.seed + draw
-            with AppliedMask(model, _shuffled(mask, seed) if draw else mask):
-                rule = "random" if draw else "gradient"
-                found.append(at | {"rule": rule, "draw": draw, **on_test(model)})
-    return {"rows": THEIR_BATCH * len(batches), "cuts": found}
-
-
+# %% ../../nbs/study/14_inspections.ipynb #parts-how
 def _with_dropout(run, model, batches, weights):
     "The sum over batches of the gradient of their mean loss, with dropout on."
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -330,6 +311,25 @@ def _shuffled(mask, seed):
             for name, kept in mask.items()
         }
     )
+
+# %% ../../nbs/study/14_inspections.ipynb #parts-run
+def _parts(run, model, tokenizer, rows, on_test, draws=3):
+    "What BERT-MFT's gradient rule prunes in each part of a model, and what that does."
+    weights = {name: one for name, one in model.named_parameters() if _part_of(name)}
+    batches = _in_order(tokenizer, rows)
+    gradients = _with_dropout(run, model, batches, weights)
+    chosen = most_moved_mask(weights, gradients)
+    found = [{"part": "none", "rule": "none", "draw": 0, "weights": 0, "pruned": 0}]
+    found[0] |= on_test(model)
+    for part, together in _PARTS.items():
+        mask = BitMask({name: one for name, one in chosen.items() if _part_of(name) in together})
+        at = {"part": part, "weights": mask.total, "pruned": mask.total - mask.kept}
+        for draw in range(1 + draws):
+            seed = 1000 * run.seed + draw
+            with AppliedMask(model, _shuffled(mask, seed) if draw else mask):
+                rule = "random" if draw else "gradient"
+                found.append(at | {"rule": rule, "draw": draw, **on_test(model)})
+    return {"rows": THEIR_BATCH * len(batches), "cuts": found}
 
 # %% ../../nbs/study/14_inspections.ipynb #e4a70005
 def run_inspection(

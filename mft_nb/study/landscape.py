@@ -31,7 +31,7 @@ from ..data import check_rows, tokenise
 from ..fraction import check_keep, kept_count
 from ..mask import MFT
 from .controls import importance_mask
-from .gradient import fastest_mask, mean_gradient, toward_zero
+from .gradient import fastest_mask, mean_gradient, prune_largest, toward_zero
 from ..topk import top_k
 from ..train import TrainConfig
 
@@ -235,14 +235,10 @@ def few_mask(
     count: int,  # weights to prune in all, at least 1, fewer than there are
 ) -> BitMask:  # of equal worth any
     "Prune the weights whose pruning is worth most, of all matrices together."
-    together = torch.cat([one.flatten() for one in worth.values()])
-    if not 0 < count < len(together):
-        raise ValueError(f"count is {count}; allowed is 1 to {len(together) - 1}. Prune fewer.")
-    kept = torch.ones(len(together), dtype=torch.bool)
-    kept[together.topk(count).indices] = False
-    parts = kept.split([one.numel() for one in worth.values()])
-    named = zip(worth.items(), parts, strict=True)
-    return BitMask({name: part.view_as(one) for (name, one), part in named})
+    total = sum(one.numel() for one in worth.values())
+    if not 0 < count < total:
+        raise ValueError(f"count is {count}; allowed is 1 to {total - 1}. Prune fewer.")
+    return prune_largest(worth, count)
 
 # %% ../../nbs/study/10_landscape.ipynb #squared-code
 def squared_gradient(
