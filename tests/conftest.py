@@ -2,6 +2,8 @@
 
 import gc
 
+import pytest
+
 from tests.browser import browse, browser, tab  # noqa: F401
 
 gc.disable()  # imports leave no garbage, and the search for it takes a fifth of their time
@@ -38,6 +40,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The search for garbage begins, and passes over what was imported: a tenth of the time."""
-    gc.freeze()
+    """The search for garbage begins again."""
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_searches():
+    """A search for garbage passes over what is in use when a file of tests begins."""
+    gc.collect()
+    gc.freeze()

@@ -64,13 +64,15 @@ def site(tmp_path_factory):
 def pages(site):
     """The pages that come from notebooks, parsed, by their path."""
     paths = sorted(path for path in site.rglob("*.html") if "explorer" not in path.parts)
-    gc.disable()  # all are kept, and a search for garbage among them takes half of the time
+    gc.disable()  # all are kept, and a search for garbage among them would take seconds
     parsed = {
         str(path.relative_to(site)): BeautifulSoup(path.read_text(), "html.parser")
         for path in paths
     }
+    gc.freeze()
     gc.enable()
-    return parsed
+    yield parsed
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
