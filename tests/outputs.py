@@ -34,7 +34,8 @@ def serve(connection_file, folder):
     pandas.set_option("display.max_columns", 20)  # as where a kernel imports it, not a terminal
     ends_with = f"--IPKernelApp.parent_handle={os.getppid()}"
     sharp = "--InlineBackend.figure_formats=retina"  # pictures at twice the resolution
-    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, sharp, "--log-level=ERROR", "--HistoryManager.enabled=False"])
+    quiet = ["--log-level=ERROR", "--HistoryManager.enabled=False"]  # leaves the user's history
+    IPKernelApp.launch_instance(argv=["-f", connection_file, ends_with, sharp, *quiet])
 
 
 class Client(AsyncKernelClient):
