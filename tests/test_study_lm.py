@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from mft_nb.evaluate import evaluate
-from mft_nb.study import lm_checkpoints
+from mft_nb.study import lm_checkpoints, lm_contrasts
 from mft_nb.study.cli import mft_reproduce
 from mft_nb.study.datasets import load_data, training_rows
 from mft_nb.study.inspections import run_inspection
@@ -267,3 +267,19 @@ def test_the_loss_around_a_model_and_its_masks_is_measured(workspace, tokenizer)
     with pytest.raises(ValueError, match="for a language model 'landscape' is allowed"):
         given = (replace(run, method="draws"), model, tokenizer, rows, rows, rows, workspace)
         run_inspection(*given)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "word"),
+    [
+        ([-1.0, -1.1, -0.9], "replicates"),
+        ([1.0, 1.1, 0.9], "contradicted"),
+        ([-1.0, 1.0, 0.1], "inconclusive"),
+        ([-1.0, -1.1], "not tested"),
+        ([], "not tested"),
+    ],
+)
+def test_flatness_has_a_word_from_three_seeds(gaps, word, monkeypatch):
+    monkeypatch.setattr(lm_contrasts, "steepness_gaps", lambda *_: gaps)
+    claims = lm_contrasts.lm_claims(ROOT / "results" / "lm")
+    assert list(claims.verdict[-2:]) == [word, word]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BERT_MFT', 'PROGRAM', 'PAPER', 'CLAIMS', 'judge', 'Claim', 'over_seeds', 'accuracy_change', 'knowledge_lost',
-           'bearing_gap', 'steepness_gap', 'part_cost', 'widest_change', 'judged', 'ledger']
+           'bearing_gap', 'steepness_gap', 'steepness_gaps', 'part_cost', 'widest_change', 'judged', 'ledger']
 
 # %% ../../nbs/study/20_claims.ipynb #need-claims
 from ..files import need_extra
@@ -25,7 +25,6 @@ from scipy.stats import t as student
 from ..stats import holm, p_text, points_text
 from .effects import against, constant_answer, knowledge_kept, read_inspections
 from .names import CHECKPOINT_NAMES
-from .records import MissingRecords
 from .tables import results_frame
 
 # %% ../../nbs/study/20_claims.ipynb #63fea72e
@@ -151,15 +150,20 @@ def steepness_gap(
     claim: Claim,  # whose method's masks to take
 ) -> pd.Series | None:  # as `over_seeds` gives it, in nats; None: no inspections
     "How much more the loss rises around a masked model than around the checkpoint."
-    try:
-        records = read_inspections(folder, "landscape")
-    except MissingRecords:
-        return None
-    gaps = []
-    for record in records:
-        around = record["happened"]["around"]
-        gaps.append(_rise(around[claim.method]) - _rise(around["none"]))
-    return over_seeds(gaps)
+    gaps = steepness_gaps(folder, claim.method)
+    return over_seeds(gaps) if gaps else None
+
+
+def steepness_gaps(
+    folder: Path,  # of one profile's records
+    method: str,  # whose masks to take
+) -> list[float]:  # in nats; empty: no inspections
+    "The same, one number a seed."
+    around = [
+        record["happened"]["around"]
+        for record in read_inspections(folder, "landscape", required=False)
+    ]
+    return [_rise(one[method]) - _rise(one["none"]) for one in around]
 
 
 def _rise(points):

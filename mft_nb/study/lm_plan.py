@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LM_RATES', 'LM_PROFILES', 'LM_GRID', 'LM_VARIANTS', 'RATES_SEED', 'LM_PUBLISHED', 'LM_CONTRASTS', 'LM_MARGIN',
-           'LEAST_SEEDS', 'lm_studies', 'Contrast']
+           'LEAST_SEEDS', 'FLAT_SEEDS', 'lm_studies', 'Contrast']
 
 # %% ../../nbs/study/11_lm_plan.ipynb #need-lm-plan
 from ..files import need_extra
@@ -120,3 +120,4 @@ LM_CONTRASTS = tuple(
 )
 LM_MARGIN = 0.01  # of equivalence: one point, as a fraction
 LEAST_SEEDS = 5
+FLAT_SEEDS = 3  # of flatness
