@@ -23,7 +23,13 @@ from scipy.stats import sem, ttest_1samp
 from scipy.stats import t as student
 
 from ..stats import holm, p_text, points_text
-from .effects import against, constant_answer, knowledge_kept, read_inspections
+from mft_nb.study.effects import (
+    against,
+    constant_answer,
+    knowledge_kept,
+    parts_frame,
+    read_inspections,
+)
 from .names import CHECKPOINT_NAMES
 from .tables import results_frame
 
@@ -177,13 +183,12 @@ def part_cost(
     claim: Claim,  # whose checkpoint to take; its variant is the part
 ) -> pd.Series | None:  # as `over_seeds` gives it, a fraction of the sentences; None: no runs
     "What pruning by BERT-MFT's gradient rule changes in one part of a model."
-    changes = []
-    for record in read_inspections(folder, "parts", required=False):
-        if record["asked"]["checkpoint"] == claim.checkpoint:
-            whole, *cuts = record["happened"]["cuts"]
-            of_rule = {cut["part"]: cut["accuracy"] for cut in cuts if cut["rule"] == "gradient"}
-            changes.append(of_rule[claim.variant] - whole["accuracy"])
-    return over_seeds(changes) if changes else None
+    cuts = parts_frame(folder, required=False)
+    if cuts.empty:
+        return None
+    mine = (cuts.checkpoint == claim.checkpoint) & (cuts.part == claim.variant)
+    changes = cuts.change[mine & (cuts.rule == "gradient")]
+    return over_seeds(changes) if len(changes) else None
 
 # %% ../../nbs/study/20_claims.ipynb #widest-code
 def widest_change(

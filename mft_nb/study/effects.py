@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'CELL', 'effects', 'name_of', 'in_points', 'verdict', 'effects_table', 'against', 'main_runs', 'main_effects',
            'candidates', 'unmasked_on_validation', 'harmless_fraction', 'constant_answer', 'knowledge_kept',
-           'read_inspections', 'agreement']
+           'read_inspections', 'parts_frame', 'agreement']
 
 # %% ../../nbs/study/18_effects.ipynb #need-effects
 from ..files import need_extra
@@ -266,6 +266,20 @@ def read_inspections(
     if required and not paths:
         raise MissingRecords(f"{folder} has no inspections named {kind}.")
     return [read_record(path) for path in paths]
+
+# %% ../../nbs/study/18_effects.ipynb #parts-frame
+def parts_frame(
+    folder: str | Path,  # of one profile's records
+    required: bool = True,  # whether to raise MissingRecords if there are none
+) -> pd.DataFrame:  # seed, checkpoint, part, rule, draw, weights, pruned, accuracy, change
+    "Models without what BERT-MFT's gradient rule prunes; a row a cut."
+    rows = []
+    for record in read_inspections(folder, "parts", required):
+        asked, cuts = record["asked"], record["happened"]["cuts"]
+        at = {"seed": asked["seed"], "checkpoint": asked["checkpoint"]}
+        whole = cuts[0]["accuracy"]  # nothing is pruned
+        rows += [at | cut | {"change": cut["accuracy"] - whole} for cut in cuts]
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/study/18_effects.ipynb #e7540f56
 def _pair_kind(first, second):

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'VERDICT_FILLS', 'VERDICT_STYLES', 'MASKS', 'RIVALS', 'DRAWN_SEEDS', 'FEW_STYLES', 'FEW_TITLES',
            'LETTER_WAYS', 'CRITICAL', 'PARTS_TITLES', 'LEDGER', 'verdict_counts', 'verdicts_figure', 'ledger_figure',
            'changes_figure', 'random_draws', 'reported_change', 'usual_changes', 'draws_figure', 'few_figure',
-           'letter_frame', 'let_in', 'letter_figure', 'parts_frame', 'parts_verdicts', 'parts_figure']
+           'letter_frame', 'let_in', 'letter_figure', 'parts_verdicts', 'parts_figure']
 
 # %% ../../../nbs/study/27_claim_figures.ipynb #need-claims
 from ...files import need_extra
@@ -26,7 +26,14 @@ from matplotlib.figure import Figure
 
 from ...stats import holm
 from ..claims import BERT_MFT, PAPER, PROGRAM, judged, over_seeds
-from ..effects import OURS, effects, main_runs, read_inspections, verdict
+from mft_nb.study.effects import (
+    OURS,
+    effects,
+    main_runs,
+    parts_frame,
+    read_inspections,
+    verdict,
+)
 from mft_nb.study.figures.style import (
     CHECKPOINT_MARKERS,
     COLORS,
@@ -433,19 +440,6 @@ def letter_figure(
     return figure
 
 # %% ../../../nbs/study/27_claim_figures.ipynb #parts-frame
-def parts_frame(
-    folder: str | Path,  # of one profile's records
-) -> pd.DataFrame:  # seed, checkpoint, part, rule, draw, weights, pruned, accuracy, change
-    "Models without what the gradient rule prunes; a row a cut; MissingRecords without any."
-    rows = []
-    for record in read_inspections(folder, "parts"):
-        at = {name: record["asked"][name] for name in ("seed", "checkpoint")}
-        whole = record["happened"]["cuts"][0]["accuracy"]  # nothing is pruned
-        rows += [at | one | {"whole": whole} for one in record["happened"]["cuts"]]
-    frame = pd.DataFrame(rows)
-    return frame.assign(change=frame.accuracy - frame.whole)
-
-
 CRITICAL = ("embeddings", "LayerNorms")  # what must be preserved, BERT-MFT concludes
 _OTHERS = "biases and matrices"
 
