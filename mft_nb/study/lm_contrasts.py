@@ -122,6 +122,7 @@ def lm_table(
 
 # %% ../../nbs/study/22_lm_contrasts.ipynb #claims-lm-code
 _AGAINST = ("lower", "equal within a point", "higher, by less than a point")
+_OVER = {"none": "over no mask", "continued": "over continued"}  # columns
 
 
 def gain_word(
@@ -148,7 +149,7 @@ def lm_claims(
         row = {"claim": f"{_NAMES[recipe]}: improves a fine-tuned model, {where}"}
         row["verdict"] = gain_word(list(pair.verdict))
         for number, control in pair.control.items():
-            row[f"minus {_NAMES[control]} [95 %]"] = said["points [95 %]"][number]
+            row[_OVER[control]] = said["points [95 %]"][number]
         rows.append(row | {"seeds": f"{pair.seeds.min()} of {LEAST_SEEDS}"})
     return pd.DataFrame(rows + _flatness(place)).fillna("")
 
@@ -166,7 +167,7 @@ def _flatness(folder):
         word = "contradicted" if word == "replicates" and gap.difference > 0 else word
         row = {"claim": f"{_NAMES[recipe]}: the loss around the masked model is flatter"}
         row["verdict"] = word if seeds >= FLAT_SEEDS else "not tested"
-        row["minus no mask [95 %]"] = "" if missing else _nats(gap)
+        row[_OVER["none"]] = "" if missing else _nats(gap)
         rows.append(row | {"seeds": f"{seeds} of {FLAT_SEEDS}"})
     return rows
 
