@@ -313,11 +313,11 @@ def draws_figure(
     return figure
 
 # %% ../../../nbs/study/27_claim_figures.ipynb #few-fig-code
-FEW_STYLES = {  # rule: colour and marker
-    "first order": (COLORS["gradient_fastest"], "^"),
-    "second order": (COLORS["importance"], "v"),
-    "greedy": (COLORS["gradient_all"], "X"),
-    "random": (COLORS["random"], "D"),
+FEW_STYLES = {  # rule: colour, marker, line; the second order lies on the first
+    "first order": (COLORS["gradient_fastest"], "^", "-"),
+    "second order": (COLORS["importance"], "v", "--"),
+    "greedy": (COLORS["gradient_all"], "X", "-"),
+    "random": (COLORS["random"], "D", "-"),
 }
 FEW_TITLES = {
     "found": "Without 5,000 chosen weights a model knows more",
@@ -329,13 +329,14 @@ FEW_TITLES = {
 def _draw_few(axes, frame, column):
     "The mean of a column by number of pruned weights, a line a rule."
     counts = sorted(frame["count"].unique())
-    for rule, (color, marker) in FEW_STYLES.items():
+    for rule, (color, marker, line) in FEW_STYLES.items():
         start = () if rule == "greedy" else ("none",)  # its first point is its first round
         mine = frame[frame.rule.isin((*start, rule))]
         by_seed = 100 * mine.pivot_table(index="count", columns="seed", values=column)
         places = [counts.index(count) for count in by_seed.index]
-        axes.plot(places, by_seed, color=color, lw=0.7, alpha=0.5)
-        axes.plot(places, by_seed.mean(axis=1), marker=marker, color=color, label=rule)
+        axes.plot(places, by_seed, color=color, ls=line, lw=0.7, alpha=0.5)
+        mean = by_seed.mean(axis=1)
+        axes.plot(places, mean, marker=marker, color=color, ls=line, label=rule)
     named = [f"{count // 1000}k" if count >= 1000 else f"{count}" for count in counts]
     axes.set_xticks(range(len(counts)), named)
     axes.set_xlabel("weights pruned")
