@@ -157,19 +157,25 @@ def lm_claims(
 def _flatness(folder):
     "Rows about the loss around a masked model."
     recipes = ("mft_recommended", "mft_paper")
-    found = [over_seeds(gaps or [np.nan]) for gaps in (steepness_gaps(folder, r) for r in recipes)]
-    p_values = holm(np.array([1.0 if one.p_value != one.p_value else one.p_value for one in found]))
+    gaps = {recipe: steepness_gaps(folder, recipe) for recipe in recipes}
+    found = [over_seeds(one or [np.nan]) for one in gaps.values()]
+    p_values = holm(np.array([one.p_value for one in pd.DataFrame(found).fillna(1.0).itertuples()]))
     rows = []
-    for recipe, gap, p_value in zip(recipes, found, p_values, strict=True):
-        missing = gap.difference != gap.difference
-        seeds = 0 if missing else int(gap.seeds)
-        word = "inconclusive" if p_value >= 0.05 else "replicates"
-        word = "contradicted" if word == "replicates" and gap.difference > 0 else word
+    for (recipe, one), mean, p_value in zip(gaps.items(), found, p_values, strict=True):
         row = {"claim": f"{_NAMES[recipe]}: the loss around the masked model is flatter"}
-        row["verdict"] = word if seeds >= FLAT_SEEDS else "not tested"
-        row[_OVER["none"]] = "" if missing else _nats(gap)
-        rows.append(row | {"seeds": f"{seeds} of {FLAT_SEEDS}"})
+        row["verdict"] = _flat_word(mean.difference, p_value, len(one))
+        row[_OVER["none"]] = _nats(mean) if one else ""
+        rows.append(row | {"seeds": f"{len(one)} of {FLAT_SEEDS}"})
     return rows
+
+
+def _flat_word(difference, p_value, seeds):
+    "What a difference in steepness says of the claim."
+    if seeds < FLAT_SEEDS:
+        return "not tested"
+    if p_value >= 0.05:
+        return "inconclusive"
+    return "replicates" if difference < 0 else "contradicted"
 
 
 def _nats(gap):
