@@ -281,5 +281,7 @@ def test_the_loss_around_a_model_and_its_masks_is_measured(workspace, tokenizer)
 )
 def test_flatness_has_a_word_from_three_seeds(gaps, word, monkeypatch):
     monkeypatch.setattr(lm_contrasts, "steepness_gaps", lambda *_: gaps)
-    claims = lm_contrasts.lm_claims(ROOT / "results" / "lm")
+    records = ROOT / "results" / "lm"
+    table = lm_contrasts.lm_contrasts(results_frame(records, ("controls",)))
+    claims = lm_contrasts.lm_claims(table, records)
     assert list(claims.verdict[-2:]) == [word, word]

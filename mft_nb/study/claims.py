@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BERT_MFT', 'PROGRAM', 'PAPER', 'CLAIMS', 'judge', 'Claim', 'over_seeds', 'accuracy_change', 'knowledge_lost',
-           'bearing_gap', 'steepness_gap', 'steepness_gaps', 'part_cost', 'widest_change', 'judged', 'ledger']
+           'bearing_gap', 'steepness_gap', 'steepness_gaps', 'part_cost', 'widest_change', 'judged', 'effect_text',
+           'ledger']
 
 # %% ../../nbs/study/20_claims.ipynb #need-claims
 from ..files import need_extra
@@ -429,7 +430,12 @@ def _adjust(found):
             effect["p_holm"] = p_holm
 
 # %% ../../nbs/study/20_claims.ipynb #effect-text
-def _text(effect, factor, decimals, unit):
+def effect_text(
+    effect: pd.Series,  # as `over_seeds` gives it
+    factor: float,  # from the measure to the unit
+    decimals: int,  # digits after the point
+    unit: str,  # such as "points"
+) -> str:  # such as "+1.2 [+0.3, +2.1] points"; without an interval where there is one seed
     "An effect with its interval and its unit."
     mean = f"{factor * effect.difference:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
     if effect.low != effect.low:
@@ -462,7 +468,7 @@ def ledger(
     for claim, effect, word in judged(folder):
         row = {"source": claim.source, "claim": claim.text, "verdict": word}
         row |= {"reported": claim.number}
-        row["ours [95 %]"] = "" if effect is None else _text(effect, *_UNITS[claim.measure])
+        row["ours [95 %]"] = "" if effect is None else effect_text(effect, *_UNITS[claim.measure])
         sized = claim.comparable and effect is not None and effect.next_low == effect.next_low
         row["one more run [95 %]"] = _ends(effect.next_low, effect.next_high) if sized else ""
         row["seeds"] = "" if effect is None else f"{effect.seeds:.0f}"

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from ..stats import holm, p_text, points_text, seed_interval
-from .claims import over_seeds, steepness_gaps
+from .claims import effect_text, over_seeds, steepness_gaps
 from .curve import equivalence
 from mft_nb.study.lm_plan import (
     FLAT_SEEDS,
@@ -122,7 +122,6 @@ def lm_table(
 
 # %% ../../nbs/study/22_lm_contrasts.ipynb #claims-lm-code
 _AGAINST = ("lower", "equal within a point", "higher, by less than a point")
-_OVER = {"none": "over no mask", "continued": "over continued"}  # columns
 
 
 def gain_word(
@@ -136,39 +135,6 @@ def gain_word(
     return "replicates" if set(verdicts) == {"higher"} else "inconclusive"
 
 
-def lm_claims(
-    folder: str | Path,  # of one profile's records
-) -> pd.DataFrame:  # text, a row a claim; MissingRecords where there are no runs
-    "The paper's claims on its own ground, a language model, in the words of the ledger."
-    place = Path(folder)
-    controls = ("controls",) if any(place.glob("controls/*.json")) else ()
-    table = lm_contrasts(results_frame(place, controls))
-    said, rows = contrasts_text(table), []
-    for (at, recipe), pair in table.groupby(["checkpoint", "treatment"], sort=False):
-        where = LM_CHECKPOINT_NAMES[at]
-        row = {"claim": f"{_NAMES[recipe]}: improves a fine-tuned model, {where}"}
-        row["verdict"] = gain_word(list(pair.verdict))
-        for number, control in pair.control.items():
-            row[_OVER[control]] = said["points [95 %]"][number]
-        rows.append(row | {"seeds": f"{pair.seeds.min()} of {LEAST_SEEDS}"})
-    return pd.DataFrame(rows + _flatness(place)).fillna("")
-
-
-def _flatness(folder):
-    "Rows about the loss around a masked model."
-    recipes = ("mft_recommended", "mft_paper")
-    gaps = {recipe: steepness_gaps(folder, recipe) for recipe in recipes}
-    found = [over_seeds(one or [np.nan]) for one in gaps.values()]
-    p_values = holm(np.array([one.p_value for one in pd.DataFrame(found).fillna(1.0).itertuples()]))
-    rows = []
-    for (recipe, one), mean, p_value in zip(gaps.items(), found, p_values, strict=True):
-        row = {"claim": f"{_NAMES[recipe]}: the loss around the masked model is flatter"}
-        row["verdict"] = _flat_word(mean.difference, p_value, len(one))
-        row[_OVER["none"]] = _nats(mean) if one else ""
-        rows.append(row | {"seeds": f"{len(one)} of {FLAT_SEEDS}"})
-    return rows
-
-
 def _flat_word(difference, p_value, seeds):
     "What a difference in steepness says of the claim."
     if seeds < FLAT_SEEDS:
@@ -177,12 +143,38 @@ def _flat_word(difference, p_value, seeds):
         return "inconclusive"
     return "replicates" if difference < 0 else "contradicted"
 
+# %% ../../nbs/study/22_lm_contrasts.ipynb #claims-lm-rows
+_OVER = {"none": "over no mask", "continued": "over continued"}  # columns
 
-def _nats(gap):
-    "A difference of losses with its interval."
-    ends = (gap.low, gap.high) if gap.low == gap.low else ()
-    mean, *ends = (f"{one:+.2f}".replace("-", "\N{MINUS SIGN}") for one in (gap.difference, *ends))
-    return f"{mean} [{', '.join(ends)}] nats" if ends else f"{mean} nats"
+
+def lm_claims(
+    table: pd.DataFrame,  # from `lm_contrasts`
+    folder: str | Path,  # of the same profile's records, for flatness
+) -> pd.DataFrame:  # text, a row a claim
+    "The paper's claims on its own ground, a language model, in the words of the ledger."
+    said, rows = contrasts_text(table), []
+    for (at, recipe), pair in table.groupby(["checkpoint", "treatment"], sort=False):
+        where = LM_CHECKPOINT_NAMES[at]
+        row = {"claim": f"{_NAMES[recipe]}: improves a fine-tuned model, {where}"}
+        row["verdict"] = gain_word(list(pair.verdict))
+        for number, control in pair.control.items():
+            row[_OVER[control]] = said["points [95 %]"][number]
+        rows.append(row | {"seeds": f"{pair.seeds.min()} of {LEAST_SEEDS}"})
+    return pd.DataFrame(rows + _flatness(folder)).fillna("")
+
+
+def _flatness(folder):
+    "Rows about the loss around a masked model."
+    gaps = {recipe: steepness_gaps(folder, recipe) for recipe in ("mft_recommended", "mft_paper")}
+    found = [over_seeds(one or [np.nan]) for one in gaps.values()]
+    p_values = holm(np.nan_to_num([one.p_value for one in found], nan=1.0))
+    rows = []
+    for (recipe, one), mean, p_value in zip(gaps.items(), found, p_values, strict=True):
+        row = {"claim": f"{_NAMES[recipe]}: the loss around the masked model is flatter"}
+        row["verdict"] = _flat_word(mean.difference, p_value, len(one))
+        row[_OVER["none"]] = effect_text(mean, 1, 2, "nats") if one else ""
+        rows.append(row | {"seeds": f"{len(one)} of {FLAT_SEEDS}"})
+    return rows
 
 # %% ../../nbs/study/22_lm_contrasts.ipynb #rates-lm-code
 def chosen_rates(
@@ -219,8 +211,9 @@ def print_lm(
     try:
         frame = results_frame(place, studies)
         print(lm_table(frame).to_string(index=False))
-        print(contrasts_text(lm_contrasts(frame)).to_string(index=False))
-        print(lm_claims(place).to_string(index=False))
+        table = lm_contrasts(frame)
+        print(contrasts_text(table).to_string(index=False))
+        print(lm_claims(table, place).to_string(index=False))
     except MissingRecords as error:
         print(error)
     try:
